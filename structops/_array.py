@@ -1,0 +1,141 @@
+"""The few places where torch and JAX arrays differ.  Nothing here imports either: an array brings its library along."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from structops.errors import BackendError
+
+Array = Any
+Dtype = Any
+
+
+def backend_of(x: Array) -> str:
+    """``"torch"`` or ``"jax"``.
+
+    Raises:
+        BackendError: For anything else; numpy arrays are pointed to the two conversions.
+    """
+    module = type(x).__module__.partition(".")[0]
+    if module == "torch":
+        return "torch"
+    if module in ("jax", "jaxlib"):
+        return "jax"
+    # Subclasses and wrappers defined elsewhere.
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    if jax is not None and isinstance(x, jax.Array):
+        return "jax"
+    if module == "numpy":
+        raise BackendError(
+            "expected a torch or JAX array, got a numpy array; convert it with torch.from_numpy(x) or jnp.asarray(x)"
+        )
+    raise BackendError(f"expected a torch or JAX array, got {type(x).__module__}.{type(x).__qualname__}")
+
+
+def is_array(x: object) -> bool:
+    """Whether ``x`` is a torch or JAX array (tracers included)."""
+    try:
+        backend_of(x)
+    except BackendError:
+        return False
+    return hasattr(x, "shape")
+
+
+def namespace(x: Array) -> ModuleType:
+    """The array-API namespace of ``x``: ``array_api_compat.torch`` or ``jax.numpy``."""
+    if backend_of(x) == "torch":
+        import array_api_compat.torch as xp
+
+        return xp
+    return sys.modules["jax"].numpy
+
+
+def permute(x: Array, axes: tuple[int, ...]) -> Array:
+    """Permute the axes; a view in torch."""
+    return x.permute(axes) if hasattr(x, "permute") else x.transpose(axes)
+
+
+def pad(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
+    """Append zeros (before, after) along the last ``len(widths)`` axes."""
+    if backend_of(x) == "torch":
+        return sys.modules["torch"].nn.functional.pad(x, [width for pair in reversed(widths) for width in pair])
+    return namespace(x).pad(x, [(0, 0)] * (x.ndim - len(widths)) + list(widths))
+
+
+def is_complex(dtype: Dtype) -> bool:
+    """Whether ``dtype`` is complex."""
+    return "complex" in str(dtype)
+
+
+def is_floating(dtype: Dtype) -> bool:
+    """Whether ``dtype`` is real or complex floating point: what parameters may be."""
+    return "float" in str(dtype) or is_complex(dtype)
+
+
+def is_half(dtype: Dtype) -> bool:
+    """Whether ``dtype`` has 16 bits: FFTs then compute in float32."""
+    return str(dtype).endswith(("float16",))
+
+
+def promote(*dtypes: Dtype) -> Dtype:
+    """The dtype that the library gives a product of arrays of these dtypes."""
+    first, *rest = dtypes
+    for dtype in rest:
+        if dtype != first:
+            torch = sys.modules.get("torch")
+            if torch is not None and isinstance(first, torch.dtype):
+                first = torch.promote_types(first, dtype)
+            else:
+                first = sys.modules["jax"].numpy.promote_types(first, dtype)
+    return first
+
+
+def cast(x: Array, dtype: Dtype) -> Array:
+    """``x`` in ``dtype``; ``x`` itself if it has it already."""
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype) if backend_of(x) == "torch" else x.astype(dtype)
+
+
+def move(x: Array, device: Any) -> Array:
+    """``x`` on ``device``."""
+    return x.to(device) if backend_of(x) == "torch" else sys.modules["jax"].device_put(x, device)
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of ``x`` can be read: no tracer, no fake or meta tensor."""
+    if backend_of(x) == "torch":
+        return type(x).__name__ in ("Tensor", "Parameter") and x.device.type != "meta"
+    return not isinstance(x, sys.modules["jax"].core.Tracer)
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+    """Cross-correlation without padding: x (batch, C_in, *spatial), kernel (C_out, C_in, *taps)."""
+    dims = kernel.ndim - 2
+    if backend_of(x) == "torch":
+        functional = sys.modules["torch"].nn.functional
+        return (functional.conv1d if dims == 1 else functional.conv2d)(x, kernel)
+    return sys.modules["jax"].lax.conv_general_dilated(x, kernel, (1,) * dims, "VALID")
+
+
+def normal(
+    shape: tuple[int, ...], *, generator: Any = None, key: Any = None, dtype: Dtype = None, device: Any = None
+) -> Array:
+    """Standard normal numbers from a torch ``generator`` or a JAX ``key``."""
+    if generator is not None:
+        torch = sys.modules["torch"]
+        sample = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+        return sample if device is None else sample.to(device)
+    jax = sys.modules["jax"]
+    sample = jax.random.normal(key, shape, dtype=jax.numpy.float32 if dtype is None else dtype)
+    return sample if device is None else jax.device_put(sample, device)
+
+
+def split_key(key: Any, count: int) -> Any:
+    """``count`` independent JAX keys."""
+    return sys.modules["jax"].random.split(key, count)

@@ -1,0 +1,415 @@
+"""The chain: an index pattern, and everything that is read off it.  Pure Python, no arrays.
+
+A structured matrix is a chain of block-dense factors, written as the labels of the axes::
+
+    input, factor, factor, ... -> output            "cd, sbcd, abcs -> ab"   (block tensor-train, two cores)
+
+Factors are applied in the order in which they are listed.  Seen by one factor, a label is
+
+    ==========  =========================================  ==========================
+    contracted  in the state and the factor, gone after    fan_in  = product of sizes
+    emitted     in the factor only                         fan_out = product of sizes
+    batch       in the state and the factor, still needed  blocks  = product of sizes
+    shared      in the state only                          sharing = product of sizes
+    ==========  =========================================  ==========================
+
+so the factor is ``blocks`` independent dense ``fan_out x fan_in`` matrices, each used ``sharing`` times per
+input vector.  A term ``kq=rl`` is no factor: it re-reads the whole state, flattened row-major as ``kq``, as ``rl``.
+
+Mixed-radix indices are row-major: the first label of the input and of the output is the most significant.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from structops.errors import PatternError, ShapeError
+
+TOKENS = "*"  # stands for all leading axes of x in a schedule; never a label
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One dense component of a structure, as sizes: what counting and muP need to know about it.
+
+    Attributes:
+        name: The labels of its axes, or the name of the array where the structure is not a chain.
+        shape: The shape of its parameters in the textbook order of axes.
+        fan_in: Inputs that one output of a block sees.
+        fan_out: Outputs of one block.
+        blocks: Independent blocks.
+        sharing: Times that every block is used per input vector.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    blocks: int = 1
+    sharing: int = 1
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters: the product of the shape (``blocks * fan_out * fan_in`` in a chain)."""
+        return math.prod(self.shape)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per input vector: ``blocks * fan_out * fan_in * sharing``."""
+        return self.blocks * self.fan_out * self.fan_in * self.sharing
+
+    @property
+    def T(self) -> Factor:
+        """The same parameters in the transposed chain: fan-in and fan-out trade places."""
+        return Factor(self.name, self.shape, self.fan_out, self.fan_in, self.blocks, self.sharing)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One factor of a chain with the role of every label; each string is in the order of the factor or state."""
+
+    labels: str
+    batch: str
+    emitted: str
+    contracted: str
+    shared: str
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The permutation of the factor's axes that stores it as batch, emitted, contracted."""
+        return tuple(self.labels.index(label) for label in self.batch + self.emitted + self.contracted)
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """A reversible re-reading of the whole state: flattened as ``before``, read as ``after``."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """One operation of a schedule on the state of shape ``(..., tokens, ...)``; -1 is the token axis.
+
+    Permute the state by ``axes``, reshape it to ``matrix``, multiply by the transpose of the factor read as
+    ``factor`` (nothing to multiply by if that is empty), reshape the result to ``result``.
+    """
+
+    axes: tuple[int, ...]
+    matrix: tuple[int, ...]
+    factor: tuple[int, ...]
+    result: tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Chain:
+    """An index pattern with sizes; the whole description of a structured matrix but for its numbers.
+
+    ``y[output] = sum over all other labels of x[input] * factor * factor * ...``
+
+    A chain may be *padded*: ``in_features`` and ``out_features`` smaller than the sizes of the labels mean that x is
+    padded with zeros and y is cut.  Parameters and MACs count the padded factors.
+
+    Args:
+        pattern: ``"input, factor, ..., factor -> output"``, one character a label, factors in order of application.
+        sizes: Size of every label.
+        in_features: True input size, by default the product of the sizes of the input labels.
+        out_features: True output size, by default the product of the sizes of the output labels.
+
+    Raises:
+        PatternError: The pattern is no chain; the message names the label and the term.
+        ShapeError: A size is missing or below 1, a regroup changes the number of entries, or a true size exceeds
+            the padded one.
+
+    Example:
+        >>> chain = Chain("cd, sbcd, abcs -> ab", dict(a=4, b=3, c=2, d=5, s=1))
+        >>> chain
+        Chain('cd, sbcd, abcs -> ab', a=4, b=3, c=2, d=5, s=1)
+        >>> chain.in_features, chain.out_features, chain.num_params, chain.macs
+        (10, 12, 54, 54)
+        >>> chain.transpose()
+        Chain('ab, abcs, sbcd -> cd', a=4, b=3, c=2, d=5, s=1)
+
+    References:
+        Qiu et al., "Compute Better Spent" (arXiv 2406.06248), section 2, writes each structure this way; the family of
+        all two-factor patterns is that of Potapczynski et al. (arXiv 2410.02117).
+    """
+
+    pattern: str
+    sizes: Mapping[str, int] | tuple[tuple[str, int], ...]
+    in_features: int = 0
+    out_features: int = 0
+    steps: tuple[Step | Regroup, ...] = field(init=False, repr=False, compare=False)
+    schedule: tuple[Move, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the pattern, then derive the roles and the schedule once, so that no call derives them again."""
+        put = object.__setattr__
+        terms, output = _split(self.pattern)
+        put(self, "pattern", ", ".join(terms) + " -> " + output)
+        given = dict(self.sizes)
+        used = sorted({label for label in self.pattern if label not in ",->= "})
+        if missing := [label for label in used if label not in given]:
+            raise ShapeError(f"{self.pattern!r}: no size for label(s) {', '.join(missing)}; sizes has {given}")
+        if bad := {label: given[label] for label in used if int(given[label]) < 1}:
+            raise ShapeError(f"{self.pattern!r}: every size must be at least 1, got {bad}")
+        put(self, "sizes", tuple((label, int(given[label])) for label in used))
+        put(self, "steps", tuple(_steps(terms, output, self.pattern)))
+        for step in self.steps:
+            if isinstance(step, Regroup) and self.size(step.before) != self.size(step.after):
+                raise ShapeError(
+                    f"{self.pattern!r}: {step.before} has {self.size(step.before)} entries and "
+                    f"{step.after} has {self.size(step.after)}; a regroup must keep their number"
+                )
+        for name, padded in (("in_features", self.padded_in), ("out_features", self.padded_out)):
+            true = getattr(self, name) or padded
+            if not 1 <= true <= padded:
+                raise ShapeError(f"{self.pattern!r}: {name}={true}, but its labels hold {padded} entries")
+            put(self, name, true)
+        put(self, "schedule", tuple(self._moves()))
+
+    # ------------------------------------------------------------------------------------------------ labels and sizes
+
+    @cached_property
+    def _size(self) -> dict[str, int]:
+        return dict(self.sizes)
+
+    def size(self, labels: str) -> int:
+        """Product of the sizes of ``labels``."""
+        return math.prod(self._size[label] for label in labels)
+
+    def shape_of(self, labels: str) -> tuple[int, ...]:
+        """Sizes of ``labels``, one by one."""
+        return tuple(self._size[label] for label in labels)
+
+    @cached_property
+    def terms(self) -> tuple[str, ...]:
+        """Every term of the pattern: input, factors (and regroups) in order of application, output."""
+        terms, output = _split(self.pattern)
+        return (*terms, output)
+
+    @cached_property
+    def input_sizes(self) -> tuple[int, ...]:
+        """Sizes of the input labels."""
+        return self.shape_of(self.terms[0])
+
+    @cached_property
+    def padded_in(self) -> int:
+        """Entries of the input labels; more than ``in_features`` where the chain is padded."""
+        return self.size(self.terms[0])
+
+    @cached_property
+    def padded_out(self) -> int:
+        """Entries of the output labels; more than ``out_features`` where the chain is padded."""
+        return self.size(self.terms[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``, the shape of the matrix."""
+        return self.out_features, self.in_features
+
+    @cached_property
+    def factor_steps(self) -> tuple[Step, ...]:
+        """The steps that are factors, in order of application."""
+        return tuple(step for step in self.steps if isinstance(step, Step))
+
+    @cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors in order of application, as sizes."""
+        return tuple(
+            Factor(
+                name=step.labels,
+                shape=self.shape_of(step.labels),
+                fan_in=self.size(step.contracted),
+                fan_out=self.size(step.emitted),
+                blocks=self.size(step.batch),
+                sharing=self.size(step.shared),
+            )
+            for step in self.factor_steps
+        )
+
+    # --------------------------------------------------------------------------------------------------------- numbers
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of all factors."""
+        return sum(factor.num_params for factor in self.factors)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per input vector; the paper calls them FLOPs."""
+        return sum(factor.macs for factor in self.factors)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations per input vector: two per multiply-accumulate."""
+        return 2 * self.macs
+
+    @property
+    def xi(self) -> float:
+        """Compute per dimension: MACs per input feature (paper, section 5)."""
+        return self.macs / self.in_features
+
+    @cached_property
+    def intermediate_widths(self) -> tuple[int, ...]:
+        """Numbers per token between one factor and the next; one fewer than there are factors."""
+        return tuple(f.blocks * f.fan_out * f.sharing for f in self.factors[:-1])
+
+    @property
+    def saved_activations(self) -> int:
+        """Numbers per token that the backward pass needs: the input of every factor."""
+        return self.in_features + sum(self.intermediate_widths)
+
+    @cached_property
+    def rank_bound(self) -> int:
+        """Upper bound of the matrix rank: the smallest cut between input and output, reached by generic factors.
+
+        A cut puts every factor on the side of the input or of the output; the matrix factors through the labels that
+        occur on both sides.  A regroup is a cut that nothing crosses, so the parts before and after count alone.
+        All ``2**num_factors`` cuts are tried.
+        """
+        bound = min(self.in_features, self.out_features)
+        for first, *inner, last in self._parts():
+            for split in itertools.product((False, True), repeat=len(inner)):
+                near = set(first).union(*(term for term, side in zip(inner, split, strict=True) if not side))
+                far = set(last).union(*(term for term, side in zip(inner, split, strict=True) if side))
+                bound = min(bound, self.size("".join(near & far)))
+        return bound
+
+    def _parts(self) -> Iterator[list[str]]:
+        """The terms, cut at every regroup."""
+        part: list[str] = []
+        for term in self.terms:
+            if "=" in term:
+                before, _, after = term.partition("=")
+                yield [*part, before]
+                part = [after]
+            else:
+                part.append(term)
+        yield part
+
+    @property
+    def _width_log(self) -> float:
+        """Log of the geometric mean width, the base of the exponents; 1 for the 1 x 1 matrix, where it is arbitrary."""
+        return math.log(self.in_features * self.out_features) / 2 or 1.0
+
+    @property
+    def nu(self) -> float:
+        """Compute intensity: MACs of the dominant factor = width^(1 + nu); 1 for dense (arXiv 2410.02117)."""
+        return math.log(max(f.macs for f in self.factors)) / self._width_log - 1
+
+    @property
+    def omega(self) -> float:
+        """Parameter sharing: MACs / parameters of the dominant factors = width^omega; 0 is none (arXiv 2410.02117)."""
+        macs = max(f.macs for f in self.factors)
+        return math.log(macs / max(f.num_params for f in self.factors)) / self._width_log
+
+    @property
+    def psi(self) -> float:
+        """Rank exponent: rank = min(shape)^psi; 1 is full rank (arXiv 2410.02117)."""
+        full = min(self.in_features, self.out_features)
+        return math.log(self.rank_bound) / math.log(full) if full > 1 else 1.0
+
+    # ------------------------------------------------------------------------------------------------------- transpose
+
+    def transpose(self) -> Chain:
+        """The chain of the transposed matrix: the terms in reverse order, the same factors with the same axes."""
+        terms = ["=".join(reversed(term.split("="))) for term in reversed(self.terms)]
+        pattern = ", ".join(terms[:-1]) + " -> " + terms[-1]
+        return Chain(pattern, self.sizes, self.out_features, self.in_features)
+
+    @property
+    def T(self) -> Chain:
+        """The chain of the transposed matrix."""
+        return self.transpose()
+
+    # -------------------------------------------------------------------------------------------------------- schedule
+
+    def _moves(self) -> Iterator[Move]:
+        """Reshapes, permutations and (batched) matrix products that compute the chain; see `Move`."""
+        order = TOKENS + self.terms[0]
+        for step in self.steps:
+            if isinstance(step, Regroup):
+                target, after = TOKENS + step.before, TOKENS + step.after
+                matrix: tuple[int, ...] = (-1, self.size(step.before))
+                factor: tuple[int, ...] = ()
+            else:
+                target = step.batch + TOKENS + step.shared + step.contracted
+                after = step.batch + TOKENS + step.shared + step.emitted
+                blocks, rows, cols = self.size(step.batch), self.size(step.emitted), self.size(step.contracted)
+                matrix, factor = (
+                    ((blocks, -1, cols), (blocks, rows, cols)) if blocks > 1 else ((-1, cols), (rows, cols))
+                )
+            result = tuple(-1 if label == TOKENS else self._size[label] for label in after)
+            yield Move(tuple(order.index(label) for label in target), matrix, factor, result)
+            order = after
+        target = TOKENS + self.terms[-1]
+        full = (-1, self.padded_out)
+        yield Move(tuple(order.index(label) for label in target), full, (), full)
+
+    def __repr__(self) -> str:
+        """The pattern, the sizes and, where padded, the true shape."""
+        sizes = ", ".join(f"{label}={size}" for label, size in self._size.items())
+        padded = self.shape != (self.padded_out, self.padded_in)
+        true = f", padded from {self.out_features}x{self.in_features}" if padded else ""
+        return f"Chain({self.pattern!r}, {sizes}{true})"
+
+
+def _split(pattern: str) -> tuple[list[str], str]:
+    """Terms left of the arrow and the output, without blanks."""
+    left, arrow, output = pattern.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "->" in output or "," in output or not all(terms) or not output:
+        raise PatternError(f"expected 'input, factor, ... -> output' like 'cd, sbcd, abcs -> ab', got {pattern!r}")
+    if all("=" in term for term in terms[1:]):
+        raise PatternError(f"{pattern!r} has no factor; the identity is no chain")
+    for term in (*terms, output):
+        for labels in term.split("="):
+            if len(set(labels)) != len(labels) or TOKENS in labels or not labels:
+                raise PatternError(f"{pattern!r}: {term!r} must be distinct labels other than {TOKENS!r}")
+    if any(term.count("=") > 1 for term in terms) or "=" in terms[0] + output:
+        raise PatternError(f"{pattern!r}: a regroup is one term 'before=after' between input and output")
+    return terms, output
+
+
+def _steps(terms: list[str], output: str, pattern: str) -> Iterator[Step | Regroup]:
+    """Give every label of every factor its role, from what the later terms still need."""
+    state = terms[0]
+    for position, term in enumerate(terms[1:], start=1):
+        if "=" in term:
+            before, after = term.split("=")
+            if set(before) != set(state):
+                raise PatternError(f"{pattern!r}: the regroup {term!r} must list the whole state {state!r}")
+            state = after
+            yield Regroup(before, after)
+            continue
+        needed = _needed(terms[position + 1 :], output)
+        batch = "".join(label for label in term if label in state and label in needed)
+        emitted = "".join(label for label in term if label not in state)
+        contracted = "".join(label for label in term if label in state and label not in needed)
+        shared = "".join(label for label in state if label not in term)
+        for label in emitted + shared:
+            if label not in needed:
+                raise PatternError(
+                    f"{pattern!r}: label {label!r} is in no later factor and not in the output when {term!r} is "
+                    f"applied; a chain never sums a label away, so let a later factor contract it or the output list it"
+                )
+        yield Step(term, batch, emitted, contracted, shared)
+        state = batch + shared + emitted
+    if set(state) != set(output):
+        raise PatternError(f"{pattern!r}: the factors leave the labels {state!r}, the output asks for {output!r}")
+
+
+def _needed(later: list[str], output: str) -> str:
+    """Labels that the terms up to the next regroup, or the output, still use."""
+    labels = ""
+    for term in later:
+        if "=" in term:
+            return labels + term.split("=")[0]
+        labels += term
+    return labels + output

@@ -1,0 +1,27 @@
+"""The errors and warnings that structops raises; each says what was expected, what came, and what would work."""
+
+from __future__ import annotations
+
+
+class PatternError(ValueError):
+    """An index pattern that is not a chain: a label summed away, repeated, or never emitted."""
+
+
+class ShapeError(ValueError):
+    """Sizes that do not fit: a factor, an input, or the two sides of a product."""
+
+
+class StructureError(ValueError):
+    """A structure that is unknown, has unknown arguments, or cannot have the requested size."""
+
+
+class BackendError(TypeError):
+    """An array of a library, or a mixture of libraries or dtypes, that structops does not compute with."""
+
+
+class StructureWarning(UserWarning):
+    """A structure that works but wastes parameters or caps the rank below what its shape allows."""
+
+
+class DensifyWarning(UserWarning):
+    """A rule had to build a dense matrix.  The test run turns it into an error."""

@@ -1,0 +1,164 @@
+"""The paper's rule: init and learning rate of every factor, relative to the dense layer that the structure replaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from structops.algebra.counting import factors
+from structops.chain import Factor
+from structops.errors import StructureError
+
+Optimizer = Literal["adam", "sgd"]
+# Optimisers whose update does not depend on the size of the gradient take Adam's rule.
+FAMILY: dict[str, Optimizer] = {
+    "adam": "adam",
+    "adamw": "adam",
+    "nadam": "adam",
+    "adamax": "adam",
+    "rmsprop": "adam",
+    "adagrad": "adam",
+    "lion": "adam",
+    "sgd": "sgd",
+}
+
+
+def init_std(factor: Factor) -> float:
+    r"""Standard deviation of a Gaussian init, \(\sqrt{\min(\text{fan-in}, \text{fan-out})} / \text{fan-in}\).
+
+    It gives every block a spectral norm of the order of \(\sqrt{\text{fan-out} / \text{fan-in}}\) (arXiv 2406.06248,
+    section 3).
+    """
+    return math.sqrt(min(factor.fan_in, factor.fan_out)) / factor.fan_in
+
+
+def lr_multiplier(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str = "adam") -> float:
+    r"""Learning rate of a factor relative to that of a dense layer of the same size.
+
+    Adam: \(\kappa = (d_{in} / \text{fan-in}) / k\).  SGD: \(\kappa = \frac{\text{fan-out} / \text{fan-in}}{d_{out} /
+    d_{in}} / k\).
+
+    Args:
+        factor: Sizes of the factor.
+        in_features: Input size of the layer.
+        out_features: Output size of the layer.
+        count: \(k\), the number of learnable dense factors of the layer; the change of the output is a sum of k terms.
+        optimizer: A name of `FAMILY`.
+
+    Raises:
+        StructureError: No rule is known for the optimiser.
+
+    References:
+        arXiv 2406.06248, section 3 and table 2; appendix H for SGD, here with the same 1/k.
+    """
+    family = FAMILY.get(optimizer.lower())
+    if family is None:
+        raise StructureError(f"no rule for optimizer {optimizer!r}; known: {', '.join(FAMILY)}")
+    if family == "adam":
+        return in_features / factor.fan_in / count
+    return (factor.fan_out / factor.fan_in) / (out_features / in_features) / count
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scales of one factor.
+
+    Attributes:
+        factor: Its sizes.
+        init_std: Standard deviation of its init.
+        lr_scale: Learning rate relative to the dense layer that the structure replaces.
+        reason: The numbers behind both, in words.
+    """
+
+    factor: Factor
+    init_std: float
+    lr_scale: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scales(Sequence[Scale]):
+    """One `Scale` per factor in order of application; prints as a table."""
+
+    rows: tuple[Scale, ...]
+    optimizer: str
+
+    def __getitem__(self, index: Any) -> Any:
+        """The scale of a factor."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        """Number of factors."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Scale]:
+        """The scales in order of application."""
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        """A table with one line a factor."""
+        head = ("factor", "blocks", "fan_in", "fan_out", "sharing", "init_std", f"lr ({self.optimizer})", "reason")
+        body = [
+            (
+                row.factor.name,
+                str(row.factor.blocks),
+                str(row.factor.fan_in),
+                str(row.factor.fan_out),
+                str(row.factor.sharing),
+                f"{row.init_std:.6g}",
+                f"{row.lr_scale:.6g}",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *body)
+        )
+
+
+def scales(A: Any, optimizer: str = "adam") -> Scales:
+    """Init and learning-rate scales of every factor of an operator, a chain or a plan.
+
+    Args:
+        A: Anything with a shape and factors.  A padded chain takes its true input size.
+        optimizer: ``"adam"`` and its relatives, or ``"sgd"``.
+
+    Returns:
+        One row a factor in order of application, with ``init_std``, ``lr_scale`` and ``reason``.
+
+    Raises:
+        StructureError: No rule is known for the optimiser.
+
+    Example:
+        >>> from structops import structure
+        >>> print(scales(structure("btt").chain(1024, 4096)))
+        factor  blocks  fan_in  fan_out  sharing  init_std  lr (adam)  reason
+        fbde    32      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
+        ...
+    """
+    parts = factors(A)
+    out_features, in_features = _shape(A)
+    rows = []
+    for factor in parts:
+        lr = lr_multiplier(factor, in_features, out_features, len(parts), optimizer)
+        rows.append(
+            Scale(factor, init_std(factor), lr, _reason(factor, in_features, out_features, len(parts), optimizer))
+        )
+    return Scales(tuple(rows), optimizer)
+
+
+def _shape(A: Any) -> tuple[int, int]:
+    if hasattr(A, "in_features"):
+        return A.out_features, A.in_features
+    return A.shape[0], A.shape[1]
+
+
+def _reason(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str) -> str:
+    std = f"std = sqrt(min({factor.fan_in}, {factor.fan_out}))/{factor.fan_in}"
+    if FAMILY[optimizer.lower()] == "adam":
+        return f"{std}; lr = ({in_features}/{factor.fan_in})/{count}"
+    return f"{std}; lr = ({factor.fan_out}/{factor.fan_in})/({out_features}/{in_features})/{count}"

@@ -1,0 +1,376 @@
+"""The base of our operators: lean, under CoLA's ``LinearOperator``, with declared leaves and static fields.
+
+CoLA's own constructor costs 80 us, stores the backend module on the instance (no pickling, no deepcopy), decides per
+*class* which attributes are leaves, and initialises JAX for users of torch.  Here an operator is a plain object with
+two lists of names, and everything else (``shape``, ``dtype``, ``device``, ``xnp``) is derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+from structops import _array, _cola
+from structops._array import Array, Dtype
+from structops._cola import LinearOperator
+from structops.chain import Chain
+from structops.contract import contract, store, unstore
+from structops.errors import BackendError, ShapeError
+
+
+class StructuredOperator(LinearOperator):
+    """A linear operator whose arrays and sizes are declared.
+
+    A subclass must declare ``leaves`` (names of attributes that hold arrays, operators, or tuples of them) and
+    ``static`` (names of hashable attributes), and write ``shape``, ``_matmat``, ``_rmatmat`` and ``transposed``.
+    It should write ``describe``, its structure in a few words.
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = ()
+    static: ClassVar[tuple[str, ...]] = ()
+    inferred: ClassVar[frozenset[type]] = frozenset()  # properties that every operator of the class has
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A plain object: CoLA's ``__new__`` looks for a device in all arguments."""
+        return object.__new__(cls)
+
+    __setattr__ = object.__setattr__  # CoLA's decides, per class and for good, which attributes are leaves
+
+    # ------------------------------------------------------------------------------------------------- must be written
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        raise NotImplementedError
+
+    def _matmat(self, X: Array) -> Array:
+        """``A @ X`` for X of shape (in_features, k)."""
+        raise NotImplementedError
+
+    def _rmatmat(self, X: Array) -> Array:
+        """``X @ A`` for X of shape (..., out_features)."""
+        raise NotImplementedError
+
+    def transposed(self) -> StructuredOperator:
+        """The transpose, as the same structure and with the same arrays."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The sizes of the structure in a few words, for the repr."""
+        return ""
+
+    # --------------------------------------------------------------------------------------------------------- derived
+
+    def arrays_flat(self) -> list[Array]:
+        """All arrays, in the order of the leaves."""
+        return list(_flat(getattr(self, name) for name in self.leaves))
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of the matrix: that to which the arrays promote."""
+        return _array.promote(*(array.dtype for array in self.arrays_flat()))
+
+    @property
+    def device(self) -> Any:
+        """The device of the first array."""
+        return self.xnp.get_device(self.arrays_flat()[0])
+
+    @property
+    def xnp(self) -> ModuleType:
+        """CoLA's functions for the library of the arrays."""
+        return _cola.backend_functions(_array.backend_of(self.arrays_flat()[0]))
+
+    @property
+    def annotations(self) -> set[type]:
+        """CoLA's properties (SelfAdjoint, PSD, ...): those of the class and those that were declared."""
+        return set(self.inferred | getattr(self, "_declared", frozenset()))
+
+    @annotations.setter
+    def annotations(self, values: set[type]) -> None:
+        self._declared = frozenset(values)
+
+    @property
+    def T(self) -> StructuredOperator:
+        """The transpose, again of this structure."""
+        return self.transposed()
+
+    @property
+    def H(self) -> StructuredOperator:
+        """The adjoint (conjugate transpose), again of this structure."""
+        return self.transposed().conj()
+
+    def conj(self) -> Self:
+        """The entrywise conjugate; the operator itself if it is real."""
+        if not _array.is_complex(self.dtype):
+            return self
+        return self._map(lambda array: array.conj() if _array.is_complex(array.dtype) else array)
+
+    def to(self, device: Any = None, dtype: Dtype = None) -> Self:
+        """The operator on another device or with another dtype; integer arrays (indices) keep theirs.
+
+        Args:
+            device: A device of the library; a dtype is accepted in its place, as in torch.
+            dtype: A floating or complex dtype.
+
+        Raises:
+            BackendError: The dtype would drop an imaginary part.
+        """
+        if device is not None and dtype is None and _is_dtype(device):
+            device, dtype = None, device
+
+        def convert(array: Array) -> Array:
+            if dtype is not None and _array.is_floating(array.dtype):
+                if _array.is_complex(array.dtype) and not _array.is_complex(dtype):
+                    raise BackendError(
+                        f"{array.dtype} to {dtype} would drop the imaginary part; take the real part first"
+                    )
+                array = _array.cast(array, dtype)
+            return array if device is None else _array.move(array, device)
+
+        return self._map(convert)
+
+    def to_dense(self) -> Array:
+        """The matrix as one contiguous array of shape (out_features, in_features)."""
+        rows, cols = self.shape
+        xp = _array.namespace(self.arrays_flat()[0])
+        if rows <= cols:
+            return self._rmatmat(self._eye(xp, rows))
+        dense = self._matmat(self._eye(xp, cols))
+        return dense.contiguous() if hasattr(dense, "contiguous") else dense
+
+    def _eye(self, xp: ModuleType, size: int) -> Array:
+        array = self.arrays_flat()[0]
+        if _array.backend_of(array) == "torch":
+            return xp.eye(size, dtype=self.dtype, device=array.device)
+        return xp.eye(size, dtype=self.dtype)
+
+    # -------------------------------------------------------------------------------------------------------- products
+
+    def __matmul__(self, X: Any) -> Any:
+        """``A @ X`` for an operator, a vector (in_features,) or a matrix (in_features, k)."""
+        if isinstance(X, LinearOperator):
+            if X.shape[0] != self.shape[1]:
+                raise ShapeError(_mismatch(self, X))
+            return _cola.dot(self, X)
+        self._check_library(X)
+        if X.ndim not in (1, 2):
+            raise ShapeError(
+                f"A @ X takes X of shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(X.shape)}; "
+                f"with leading batch axes, features last, use X @ A.T"
+            )
+        if X.shape[0] != self.shape[1]:
+            raise ShapeError(f"A @ X: A is {self!r}, so X must have {self.shape[1]} rows, got shape {tuple(X.shape)}")
+        return self._matmat(X.reshape((-1, 1))).reshape((-1,)) if X.ndim == 1 else self._matmat(X)
+
+    def __rmatmul__(self, X: Any) -> Any:
+        """``X @ A`` for an operator or an array of shape (..., out_features)."""
+        if isinstance(X, LinearOperator):
+            if X.shape[1] != self.shape[0]:
+                raise ShapeError(_mismatch(X, self))
+            return _cola.dot(X, self)
+        self._check_library(X)
+        if X.ndim < 1 or X.shape[-1] != self.shape[0]:
+            raise ShapeError(
+                f"X @ A: A is {self!r}, so the last axis of X must be {self.shape[0]}, got shape {tuple(X.shape)}"
+            )
+        return self._rmatmat(X)
+
+    def _check_library(self, X: Any) -> None:
+        mine, theirs = _array.backend_of(self.arrays_flat()[0]), _array.backend_of(X)
+        if mine != theirs:
+            raise BackendError(f"A holds {mine} arrays and X is a {theirs} array; convert one of them")
+
+    def __getitem__(self, ids: Any) -> Any:
+        """``A[i]``, ``A[i, :]``, ``A[:, j]``, ``A[i, j]`` as arrays; slices as a lazy CoLA ``Sliced``."""
+        rows, cols = ids if isinstance(ids, tuple) else (ids, slice(None))
+        if isinstance(rows, int):
+            return (self._unit(rows, 0) @ self)[cols]
+        if isinstance(cols, int):
+            return (self @ self._unit(cols, 1))[rows]
+        if isinstance(rows, list) and isinstance(cols, list):
+            entries = [self[i, j] for i, j in zip(rows, cols, strict=True)]
+            return _array.namespace(self.arrays_flat()[0]).stack(entries)
+        return _cola.Sliced(A=self, slices=(rows, cols))
+
+    def _unit(self, index: int, axis: int) -> Array:
+        size = self.shape[axis]
+        if not -size <= index < size:
+            raise IndexError(f"index {index} is out of range for axis {axis} of size {size}")
+        return self._eye_row(index % size, size)
+
+    def _eye_row(self, index: int, size: int) -> Array:
+        return self.xnp.canonical(loc=index, shape=(size,), dtype=self.dtype, device=self.device)
+
+    # --------------------------------------------------------------------------------------------------------- pytrees
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Children and static data of the pytree."""
+        children = tuple(getattr(self, name) for name in self.leaves)
+        return children, (tuple(getattr(self, name) for name in self.static), getattr(self, "_declared", frozenset()))
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: Sequence[Any]) -> Self:
+        """The operator with other leaves; nothing is checked, since leaves may be tracers or placeholders."""
+        operator = object.__new__(cls)
+        values, declared = aux
+        for name, value in zip((*cls.leaves, *cls.static), (*children, *values), strict=True):
+            object.__setattr__(operator, name, value)
+        if declared:
+            operator._declared = declared
+        return operator
+
+    def _map(self, function: Any) -> Self:
+        """The operator with ``function`` applied to every array."""
+        children, aux = self.tree_flatten()
+        return self.tree_unflatten(aux, [_map(child, function) for child in children])
+
+    def __repr__(self) -> str:
+        """One line: structure, shape, sizes, parameters and their ratio to dense, dtype."""
+        rows, cols = self.shape
+        described = self.describe()
+        count = sum(self.parameter_counts().values())
+        ratio = f"{count:,} params, {count / (rows * cols):.3g} of dense"
+        return f"{type(self).__name__}({rows}x{cols}; {described + '; ' if described else ''}{ratio}; {self.dtype})"
+
+    def parameter_counts(self) -> dict[int, int]:
+        """Parameters of every distinct array, by the array's identity, so that shared arrays are counted once."""
+        return {id(array): math.prod(array.shape) for array in self.arrays_flat()}
+
+
+class ChainOperator(StructuredOperator):
+    """An operator that is a chain: its arrays, in order of application, and the pattern that says what they mean.
+
+    The transpose keeps the very same arrays and reverses the chain, so no structure needs a rule of its own.
+
+    Attributes:
+        arrays: The arrays as they were given, in order of application.
+        chain: The pattern.
+        is_transposed: Whether this is the transpose of an operator with the textbook axes.
+    """
+
+    leaves = ("arrays",)
+    static = ("chain", "is_transposed")
+    arrays: tuple[Array, ...]
+    chain: Chain
+    is_transposed: bool
+
+    def _set(self, chain: Chain, arrays: Sequence[Array]) -> None:
+        """Fill the fields from arrays in order of application; the one check of libraries and sizes."""
+        check_arrays(type(self).__name__, arrays)
+        self.chain, self.arrays, self.is_transposed = chain, tuple(arrays), False
+
+    @classmethod
+    def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
+        """The operator of a chain of this structure from stored factors ``(blocks, fan_out, fan_in)``, as views."""
+        operator = object.__new__(cls)
+        arrays = [a.reshape(s) for a, s in zip(unstore(chain, factors), cls.textbook_shapes(chain), strict=True)]
+        operator._set(chain, arrays)
+        return operator
+
+    @classmethod
+    def textbook_shapes(cls, chain: Chain) -> tuple[tuple[int, ...], ...]:
+        """Shapes that the constructor takes, in order of application: by default one axis a label."""
+        return tuple(factor.shape for factor in chain.factors)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out_features, in_features)``."""
+        return self.chain.shape
+
+    @property
+    def textbook(self) -> tuple[Array, ...]:
+        """The arrays in textbook order (the last applied first); those of the original if this is a transpose."""
+        return self.arrays if self.is_transposed else self.arrays[::-1]
+
+    def stored_factors(self) -> tuple[Array, ...]:
+        """The factors in order of application as ``(blocks, fan_out, fan_in)``, what layers keep."""
+        return store(self.chain, self.arrays)
+
+    def _matmat(self, X: Array) -> Array:
+        return self._contract(self.chain, self.stored_factors(), X.mT).mT
+
+    def _rmatmat(self, X: Array) -> Array:
+        flipped = self.chain.T
+        return self._contract(flipped, store(flipped, self.arrays[::-1]), X)
+
+    def _contract(self, chain: Chain, factors: Sequence[Array], x: Array) -> Array:
+        dtype = _array.promote(self.dtype, x.dtype)
+        return contract(chain, [_array.cast(f, dtype) for f in factors], _array.cast(x, dtype))
+
+    def transposed(self) -> Self:
+        """The transpose: the same arrays in reverse order under the reversed chain."""
+        aux: tuple[Any, ...] = ((self.chain.T, not self.is_transposed), frozenset())
+        return self.tree_unflatten(aux, (self.arrays[::-1],))
+
+    def describe(self) -> str:
+        """The shape of every factor in order of application."""
+        return "factors " + ", ".join("x".join(map(str, factor.shape)) for factor in self.chain.factors)
+
+
+def check_arrays(what: str, arrays: Sequence[Array]) -> None:
+    """All arrays come from the same library.
+
+    Raises:
+        BackendError: numpy arrays, other objects, or a mixture.
+    """
+    if not arrays:
+        raise ShapeError(f"{what} needs at least one array, got none")
+    backends = {_array.backend_of(array) for array in arrays}
+    if len(backends) > 1:
+        raise BackendError(f"{what}: expected arrays of one library, got {' and '.join(sorted(backends))}")
+
+
+def check_axes(what: str, array: Array, axes: str) -> None:
+    """``array`` has the axes that are named, such as ``"(rank, in)"``.
+
+    Raises:
+        ShapeError: It has another number of axes.
+    """
+    if array.ndim != axes.count(",") + 1:
+        raise ShapeError(f"{what} must have shape {axes}, got {tuple(array.shape)}")
+
+
+def _mismatch(left: LinearOperator, right: LinearOperator) -> str:
+    return f"cannot multiply {left!r} by {right!r}: {left.shape[1]} columns against {right.shape[0]} rows"
+
+
+def _is_dtype(x: Any) -> bool:
+    name = str(x)
+    return "float" in name or "complex" in name
+
+
+def _flat(items: Any) -> Any:
+    for item in items:
+        if isinstance(item, tuple):
+            yield from _flat(item)
+        elif isinstance(item, StructuredOperator):
+            yield from item.arrays_flat()
+        elif isinstance(item, LinearOperator):
+            yield from (leaf for leaf in item.flatten()[0] if _array.is_array(leaf))
+        else:
+            yield item
+
+
+def _map(item: Any, function: Any) -> Any:
+    if isinstance(item, tuple):
+        return tuple(_map(part, function) for part in item)
+    if isinstance(item, StructuredOperator):
+        return item._map(function)
+    if isinstance(item, LinearOperator):
+        leaves, unflatten = item.flatten()
+        return unflatten([function(leaf) if _array.is_array(leaf) else leaf for leaf in leaves])
+    return function(item)
+
+
+@_cola.transpose.dispatch(precedence=1)
+def transpose_structured(A: StructuredOperator) -> LinearOperator:
+    """The transpose of every structure is that structure again."""
+    return A.transposed()
+
+
+@_cola.adjoint.dispatch(precedence=1)
+def adjoint_structured(A: StructuredOperator) -> LinearOperator:
+    """The adjoint of every structure is that structure again."""
+    return A.H

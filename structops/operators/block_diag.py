@@ -1,0 +1,199 @@
+"""Block-diagonal matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+from structops import _array, _cola
+from structops._array import Array
+from structops.algebra.counting import factors, macs, shared
+from structops.chain import Chain
+from structops.contract import contract
+from structops.errors import ShapeError, StructureError
+from structops.modes import divisors, nearest_multiples
+from structops.operator import StructuredOperator, check_arrays
+from structops.operators.dense import Dense
+from structops.spec import Structure, check_budget, check_count, register
+
+
+@cache
+def block_diag_chain(blocks: int, rows: int, cols: int) -> Chain:
+    """``y_cb = sum_d M_cbd x_cd``."""
+    return Chain("cd, cbd -> cb", {"c": blocks, "b": rows, "d": cols})
+
+
+class BlockDiag(StructuredOperator, _cola.BlockDiag):
+    r"""Matrices or operators along the diagonal, zeros elsewhere.
+
+    **Definition.** \(A = M_1 \oplus \ldots \oplus M_b\), every \(M_t\) repeated ``multiplicities[t]`` times in a row.
+    Equal blocks are the chain ``cd, cbd -> cb``.
+
+    Args:
+        *Ms: Matrices (m_t, n_t), or operators, which keep their own structure.
+        multiplicities: How often each is repeated; once by default.
+
+    Raises:
+        ShapeError: A block is not a matrix, there is none, or the multiplicities do not fit.
+        BackendError: No torch or JAX arrays, or a mixture.
+
+    **Shapes.** ``A @ X``: (sum n,) or (sum n, k); ``X @ A``: (..., sum m).
+
+    **Cost.** Parameters: those of every block once.  MACs per vector: those of every block, times its multiplicity.
+
+    **Numerics.** One batched matrix product where all blocks are arrays of one shape, else one product a block.
+
+    **References.** CoLA's ``BlockDiag``, on a base that can be copied and compiled.
+
+    Example:
+        >>> import torch
+        >>> BlockDiag(torch.ones(2, 3), torch.ones(2, 3))
+        BlockDiag(4x6; blocks 2x3, 2x3; 12 params, 0.5 of dense; torch.float32)
+    """
+
+    leaves = ("Ms",)
+    static = ("multiplicities",)
+    Ms: tuple[_cola.LinearOperator, ...]
+    multiplicities: tuple[int, ...]
+
+    def __init__(self, *Ms: Any, multiplicities: Sequence[int] | None = None) -> None:
+        arrays = [M for M in Ms if not isinstance(M, _cola.LinearOperator)]
+        if arrays or not Ms:
+            check_arrays("BlockDiag", arrays)
+        counts = (1,) * len(Ms) if multiplicities is None else tuple(multiplicities)
+        if len(counts) != len(Ms) or any(count < 1 for count in counts):
+            raise ShapeError(f"BlockDiag: {len(Ms)} blocks need as many multiplicities of at least 1, got {counts}")
+        self.Ms = tuple(M if isinstance(M, _cola.LinearOperator) else Dense(M) for M in Ms)
+        self.multiplicities = counts
+        check_arrays("BlockDiag", self.arrays_flat())
+
+    @classmethod
+    def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
+        """The operator from one stored factor ``(blocks, m, n)``, as views of its blocks."""
+        (stacked,) = factors
+        return cls(*(stacked[index] for index in range(stacked.shape[0])))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(sum m, sum n)`` over all repeats."""
+        pairs = list(zip(self.Ms, self.multiplicities, strict=True))
+        return sum(M.shape[0] * c for M, c in pairs), sum(M.shape[1] * c for M, c in pairs)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether all blocks are arrays of one shape, each once: then the operator is a chain."""
+        same = len({tuple(M.shape) for M in self.Ms}) == 1
+        return same and set(self.multiplicities) == {1} and all(isinstance(M, Dense) for M in self.Ms)
+
+    @property
+    def chain(self) -> Chain:
+        """The pattern, where all blocks are arrays of one shape.
+
+        Raises:
+            TypeError: They are not.
+        """
+        if not self.is_chain:
+            raise TypeError(f"{self!r} has blocks of different kinds, so it is no chain")
+        return block_diag_chain(len(self.Ms), *self.Ms[0].shape)
+
+    def _matmat(self, X: Array) -> Array:
+        return self._apply(X.mT).mT
+
+    def _rmatmat(self, X: Array) -> Array:
+        return self.transposed()._apply(X)
+
+    def _apply(self, x: Array) -> Array:
+        """The product on the last axis of x."""
+        xp = _array.namespace(x)
+        if self.is_chain:
+            dtype = _array.promote(self.dtype, x.dtype)
+            stacked = xp.stack([_array.cast(M.A, dtype) for M in self.Ms])
+            return contract(self.chain, [stacked], _array.cast(x, dtype))
+        lead, start, parts = tuple(x.shape[:-1]), 0, []
+        for M, count in zip(self.Ms, self.multiplicities, strict=True):
+            stop = start + M.shape[1] * count
+            part = (M @ x[..., start:stop].reshape((-1, M.shape[1])).mT).mT
+            parts.append(part.reshape((*lead, M.shape[0] * count)))
+            start = stop
+        return xp.concat(parts, axis=-1)
+
+    def to_dense(self) -> Array:
+        """The matrix as one array."""
+        return StructuredOperator.to_dense(self)
+
+    def transposed(self) -> Self:
+        """The transposed blocks along the diagonal."""
+        return type(self)(*(M.T for M in self.Ms), multiplicities=self.multiplicities)
+
+    def describe(self) -> str:
+        """Shape, structure and repeats of the blocks."""
+        texts = []
+        for M, count in zip(self.Ms, self.multiplicities, strict=True):
+            kind = "" if isinstance(M, Dense) else type(M).__name__ + " "
+            texts.append(f"{kind}{M.shape[0]}x{M.shape[1]}" + (f" times {count}" if count > 1 else ""))
+        shown = texts if len(texts) <= 4 else [*texts[:2], f"... {len(texts) - 3} more ...", texts[-1]]
+        return "blocks " + ", ".join(shown)
+
+
+@register
+@dataclass(frozen=True)
+class BlockDiagStructure(Structure):
+    """``block_diag(blocks)``: by default 4 blocks.
+
+    Args:
+        blocks: Number of blocks; must divide both sizes.
+        params: In place of the blocks, the fewest that keep within this share of the dense parameters.
+    """
+
+    name = "block_diag"
+    blocks: int | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments that no size is needed for."""
+        check_count(self, "blocks", self.blocks)
+        check_budget(self, self.params, "blocks", self.blocks)
+
+    def chain(self, in_features: int, out_features: int) -> Chain:
+        """One factor of in * out / blocks parameters.
+
+        Raises:
+            StructureError: ``blocks`` does not divide a size, or no common divisor keeps within the budget.
+        """
+        common = [d for d in divisors(in_features) if out_features % d == 0]
+        if self.params is not None:
+            within = [d for d in common if 1 / d <= self.params * (1 + 1e-9)]
+            if not within:
+                raise StructureError(
+                    f"{self}: {in_features} and {out_features} divide into {', '.join(map(str, common))} blocks, "
+                    f"so params must be at least {1 / common[-1]:.4g}"
+                )
+            blocks = within[0]
+        else:
+            blocks = self.blocks or 4
+        if blocks not in common:
+            sizes = [nearest_multiples(size, blocks) for size in (in_features, out_features)]
+            raise StructureError(
+                f"{self}: {blocks} blocks do not divide in_features={in_features} and out_features={out_features}; "
+                f"blocks that would: {', '.join(map(str, common))}; "
+                f"nearest sizes for {blocks} blocks: in {sizes[0]}, out {sizes[1]}"
+            )
+        return block_diag_chain(blocks, out_features // blocks, in_features // blocks)
+
+    build = staticmethod(BlockDiag.from_factors)
+
+
+@factors.dispatch(precedence=1)
+def factors_block_diag_structured(A: BlockDiag) -> tuple:
+    """Those of its chain; where blocks differ, theirs side by side, each shared by its repeats."""
+    if A.is_chain:
+        return A.chain.factors
+    return tuple(f for M, c in zip(A.Ms, A.multiplicities, strict=True) for f in shared(factors(M), c))
+
+
+@macs.dispatch(precedence=1)
+def macs_block_diag_structured(A: BlockDiag) -> int:
+    """Those of every block, times its multiplicity."""
+    return sum(macs(M) * c for M, c in zip(A.Ms, A.multiplicities, strict=True))

@@ -1,0 +1,158 @@
+"""Circulant matrices, and the FFT products that they share with Toeplitz."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from structops import _array
+from structops._array import Array
+from structops.algebra.counting import factors, macs
+from structops.chain import Factor
+from structops.errors import StructureError
+from structops.operator import StructuredOperator, check_arrays, check_axes
+from structops.spec import FunctionPlan, Plan, Structure, register
+
+
+def cyclic_convolve(column: Array, x: Array) -> Array:
+    """``y_i = sum_j column[(i - j) mod n] x_j`` on the last axis, by FFT.
+
+    16-bit inputs are transformed in float32, and the result has the dtype to which the inputs promote.
+    """
+    dtype = _array.promote(column.dtype, x.dtype)
+    xp = _array.namespace(x)
+    working = xp.float32 if _array.is_half(dtype) else dtype
+    column, x = _array.cast(column, working), _array.cast(x, working)
+    n = column.shape[-1]
+    if _array.is_complex(working):
+        y = xp.fft.ifft(xp.fft.fft(column) * xp.fft.fft(x))
+    else:
+        y = xp.fft.irfft(xp.fft.rfft(column) * xp.fft.rfft(x), n=n)
+    return _array.cast(y, dtype)
+
+
+def fft_macs(n: int) -> int:
+    """Multiply-accumulates of a cyclic convolution of length n with a fixed kernel, by our convention.
+
+    Two real FFTs of ``n log2 n`` each and a product of half spectra of ``2 n``; the kernel's own transform, the same
+    for all vectors, is not counted.
+    """
+    return math.ceil(2 * n * math.log2(n)) + 2 * n if n > 1 else 1
+
+
+class Circulant(StructuredOperator):
+    r"""A circulant matrix: a cyclic convolution.
+
+    **Definition.** \(A_{ij} = c_{(i - j) \bmod n}\), as ``scipy.linalg.circulant``.
+
+    Args:
+        first_column: \(c\), shape (n,).
+
+    Raises:
+        ShapeError: It is not a vector.
+        BackendError: It is no torch or JAX array.
+
+    **Shapes.** ``A @ X``: (n,) or (n, k); ``X @ A``: (..., n).
+
+    **Cost.** n parameters.  MACs per vector, by our convention for FFTs: 2 n log2 n + 2 n.
+
+    **Numerics.** FFT products: an error of some epsilon * log n relative to the norm of the result, not entrywise;
+    16-bit inputs are transformed in float32.
+
+    **References.** Gray, "Toeplitz and Circulant Matrices" (2006); SciPy's ``circulant`` for the axis.
+
+    Example:
+        >>> import torch
+        >>> Circulant(torch.arange(3.)).to_dense()
+        tensor([[0., 2., 1.],
+                [1., 0., 2.],
+                [2., 1., 0.]])
+    """
+
+    leaves = ("column",)
+    static = ("is_transposed",)
+    column: Array
+    is_transposed: bool  # the first row, not the first column, is stored: the transpose keeps the array
+
+    def __init__(self, first_column: Array) -> None:
+        check_arrays("Circulant", [first_column])
+        check_axes("Circulant: first_column", first_column, "(n)")
+        self.column, self.is_transposed = first_column, False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return (int(self.column.shape[0]),) * 2
+
+    @property
+    def first_column(self) -> Array:
+        """The first column; that of a transpose is the first column reversed but for its head."""
+        return _reversed(self.column) if self.is_transposed else self.column
+
+    def _matmat(self, X: Array) -> Array:
+        return cyclic_convolve(self.first_column, X.mT).mT
+
+    def _rmatmat(self, X: Array) -> Array:
+        return cyclic_convolve(self.transposed().first_column, X)
+
+    def transposed(self) -> Self:
+        """The circulant whose first row was the first column."""
+        return self.tree_unflatten(((not self.is_transposed,), frozenset()), (self.column,))
+
+
+def _reversed(column: Array) -> Array:
+    xp = _array.namespace(column)
+    return xp.concat([column[:1], xp.flip(column[1:], axis=0)])
+
+
+def circulant_factor(n: int) -> Factor:
+    """One convolution with n taps, one channel in and out, at n positions."""
+    return Factor("first_column", (n,), fan_in=n, fan_out=1, sharing=n)
+
+
+@factors.dispatch
+def factors_circulant(A: Circulant) -> tuple:
+    """One factor, whichever way round."""
+    return (circulant_factor(A.shape[0]),)
+
+
+@macs.dispatch
+def macs_circulant(A: Circulant) -> int:
+    """By the convention for FFTs."""
+    return fft_macs(A.shape[0])
+
+
+@register
+@dataclass(frozen=True)
+class CirculantStructure(Structure):
+    """``circulant``: square layers; one convolution with as many taps as there are features.
+
+    Its factor has fan-in n, fan-out 1 and is shared over n positions.  muP's rule for that shape is a heuristic that
+    the paper does not test (it discusses convolutions, section 2, and trains none).
+    """
+
+    name = "circulant"
+
+    def plan(self, in_features: int, out_features: int) -> Plan:
+        """One vector of in_features parameters.
+
+        Raises:
+            StructureError: The layer is not square.
+        """
+        if in_features != out_features:
+            raise StructureError(
+                f"circulant: expected in_features == out_features, got {in_features} and {out_features}; "
+                f"toeplitz takes rectangular sizes"
+            )
+        n = in_features
+        factor = circulant_factor(n)
+
+        def apply(factors: Sequence[Array], x: Array) -> Array:
+            return cyclic_convolve(factors[0].reshape((n,)), x)
+
+        def build(factors: Sequence[Array]) -> Circulant:
+            return Circulant(factors[0].reshape((n,)))
+
+        return FunctionPlan(n, n, (factor,), fft_macs(n), ((1, 1, n),), apply, build)

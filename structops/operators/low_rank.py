@@ -1,0 +1,106 @@
+"""Low rank: two thin matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from structops._array import Array
+from structops.chain import Chain
+from structops.errors import ShapeError
+from structops.operator import ChainOperator, check_arrays, check_axes
+from structops.spec import Structure, check_budget, check_count, largest_within, register, warn_wasteful_rank
+
+
+@cache
+def low_rank_chain(out_features: int, rank: int, in_features: int) -> Chain:
+    """``y_i = sum_s left_is sum_j right_sj x_j``."""
+    return Chain("j, sj, is -> i", {"i": out_features, "j": in_features, "s": rank})
+
+
+class LowRank(ChainOperator):
+    r"""The product of a tall and a wide matrix.
+
+    **Definition.** \(A = \mathrm{left}\,\mathrm{right}\), \(y_i = \sum_s L_{is} \sum_j R_{sj} x_j\); the chain
+    ``j, sj, is -> i``.
+
+    Args:
+        left: Shape (out_features, rank).
+        right: Shape (rank, in_features); applied first.
+
+    Raises:
+        ShapeError: One is not a matrix, or their ranks differ.
+        BackendError: No torch or JAX arrays, or a mixture.
+
+    **Shapes.** ``A @ X``: (in,) or (in, k); ``X @ A``: (..., out).
+
+    **Cost.** rank * (in + out) parameters and MACs per vector.
+
+    **Numerics.** Two matrix products in the dtype of the inputs.
+
+    **References.** "Compute Better Spent" (arXiv 2406.06248), section 2.
+
+    Example:
+        >>> import torch
+        >>> LowRank(torch.ones(8, 2), torch.ones(2, 6))
+        LowRank(8x6; factors 2x6, 8x2; 28 params, 0.583 of dense; torch.float32)
+    """
+
+    def __init__(self, left: Array, right: Array) -> None:
+        check_arrays("LowRank", [left, right])
+        check_axes("LowRank: left", left, "(out_features, rank)")
+        check_axes("LowRank: right", right, "(rank, in_features)")
+        if left.shape[1] != right.shape[0]:
+            raise ShapeError(
+                f"LowRank: left (out, rank) and right (rank, in) must agree on the rank, "
+                f"got {tuple(left.shape)} and {tuple(right.shape)}"
+            )
+        self._set(low_rank_chain(left.shape[0], left.shape[1], right.shape[1]), [right, left])
+
+    @property
+    def left(self) -> Array:
+        """The factor applied last, (out_features, rank)."""
+        return self.arrays[1].mT if self.is_transposed else self.arrays[1]
+
+    @property
+    def right(self) -> Array:
+        """The factor applied first, (rank, in_features)."""
+        return self.arrays[0].mT if self.is_transposed else self.arrays[0]
+
+    @property
+    def rank(self) -> int:
+        """The inner size; the matrix rank is at most this."""
+        return int(self.right.shape[0])
+
+
+@register
+@dataclass(frozen=True)
+class LowRankStructure(Structure):
+    """``low_rank(rank)``: by default the authors' rank for MLPs, the root of the smaller side, rounded up.
+
+    Args:
+        rank: Inner size.
+        params: In place of the rank, the largest that keeps within this share of the dense parameters.
+    """
+
+    name = "low_rank"
+    rank: int | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments that no size is needed for."""
+        check_count(self, "rank", self.rank)
+        check_budget(self, self.params, "rank", self.rank)
+
+    def chain(self, in_features: int, out_features: int) -> Chain:
+        """Two factors of rank * in and out * rank parameters."""
+        if self.params is not None:
+            dense = in_features * out_features
+            rank = largest_within(self, self.params, dense, lambda r: r * (in_features + out_features), "rank")
+        else:
+            rank = self.rank or math.isqrt(min(in_features, out_features) - 1) + 1
+        warn_wasteful_rank(self, "rank", rank, min(in_features, out_features))
+        return low_rank_chain(out_features, rank, in_features)
+
+    build = staticmethod(LowRank.from_factors)

@@ -1,0 +1,100 @@
+"""Permutation matrices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Self
+
+from structops import _array, _cola
+from structops._array import Array, Dtype
+from structops.errors import BackendError, ShapeError
+from structops.operator import StructuredOperator, check_arrays, check_axes
+
+
+class Permutation(StructuredOperator, _cola.Permutation):
+    r"""A permutation of the features.
+
+    **Definition.** \(y_i = x_{\mathrm{perm}[i]}\): a gather, so the matrix has ones at (i, perm[i]).
+
+    Args:
+        perm: Integers, shape (n,), each of 0 ... n - 1 once (checked where the values can be read).
+        dtype: Dtype of the matrix; the library's default floating dtype if not given.
+
+    Raises:
+        ShapeError: It is not a vector, or not a permutation.
+        BackendError: It is no torch or JAX array, or not of integers.
+
+    **Shapes.** ``A @ X``: (n,) or (n, k); ``X @ A``: (..., n).
+
+    **Cost.** 0 parameters, 0 MACs; moves n numbers per vector.
+
+    **Numerics.** Exact.
+
+    **References.** CoLA's ``Permutation``, on a base that can be copied and compiled.
+
+    Example:
+        >>> import torch
+        >>> Permutation(torch.tensor([2, 0, 1])) @ torch.tensor([10., 20., 30.])
+        tensor([30., 10., 20.])
+    """
+
+    leaves = ("perm",)
+    static = ("_dtype",)
+    inferred = frozenset({_cola.Unitary})
+    perm: Array
+    _dtype: Dtype
+
+    def __init__(self, perm: Array, dtype: Dtype = None) -> None:
+        check_arrays("Permutation", [perm])
+        check_axes("Permutation: perm", perm, "(n)")
+        if _array.is_floating(perm.dtype) or "bool" in str(perm.dtype):
+            raise BackendError(f"Permutation: perm must hold integers, got {perm.dtype}")
+        if _array.is_concrete(perm) and sorted(perm.tolist()) != list(range(perm.shape[0])):
+            raise ShapeError(f"Permutation: perm must hold each of 0 ... {perm.shape[0] - 1} once")
+        self.perm, self._dtype = perm, _default_float(perm) if dtype is None else dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return (int(self.perm.shape[0]),) * 2
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype that was declared; products promote with it."""
+        return self._dtype
+
+    def _matmat(self, X: Array) -> Array:
+        return _array.cast(X[self.perm], _array.promote(self.dtype, X.dtype))
+
+    def _rmatmat(self, X: Array) -> Array:
+        return _array.cast(X[..., self.inverse_perm], _array.promote(self.dtype, X.dtype))
+
+    @property
+    def inverse_perm(self) -> Array:
+        """Where every feature goes: the permutation of the transpose."""
+        return _array.namespace(self.perm).argsort(self.perm)
+
+    def transposed(self) -> Self:
+        """The inverse permutation."""
+        return self.tree_unflatten(((self._dtype,), frozenset()), (self.inverse_perm,))
+
+    def conj(self) -> Self:
+        """Itself: the entries are 0 and 1."""
+        return self
+
+    def to(self, device: Any = None, dtype: Dtype = None) -> Self:
+        """The operator on another device or of another dtype; the indices keep theirs."""
+        if device is not None and dtype is None and _array.is_floating(device):
+            device, dtype = None, device
+        perm = self.perm if device is None else _array.move(self.perm, device)
+        return self.tree_unflatten(((dtype or self._dtype,), frozenset()), (perm,))
+
+    def parameter_counts(self) -> dict[int, int]:
+        """No parameters."""
+        return {}
+
+
+def _default_float(perm: Array) -> Dtype:
+    if _array.backend_of(perm) == "torch":
+        return sys.modules["torch"].get_default_dtype()
+    return _array.namespace(perm).zeros(0).dtype

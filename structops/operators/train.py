@@ -1,0 +1,228 @@
+"""What tensor-train and block tensor-train share: cores, modes and ranks, and the spec that chooses them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from structops import modes as factorising
+from structops._array import Array
+from structops.chain import Chain
+from structops.errors import ShapeError, StructureError
+from structops.operator import ChainOperator, check_arrays
+from structops.spec import (
+    Structure,
+    check_budget,
+    check_count,
+    largest_within,
+    warn_capped_rank,
+    warn_wasteful_rank,
+)
+
+Ranks = tuple[int, ...]
+Modes = tuple[int, ...]
+
+
+@cache
+def train_chain(kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> Chain:
+    """The chain of ``tt`` or ``btt`` cores; ``ranks`` are the inner ones, one fewer than there are modes.
+
+    Core t has the axes (rank before, output modes, input modes, rank after): of the modes, tensor-train gives it only
+    the t-th of either side, block tensor-train also those that are in the state when it is applied.
+    """
+    count = len(out_modes)
+    outputs, inputs, bonds = (_labels(start, n) for start, n in ((0, count), (count, count), (2 * count, count - 1)))
+    terms = []
+    for t in range(count):
+        left, right = bonds[t - 1] if t else "", bonds[t] if t < count - 1 else ""
+        if kind == "tt":
+            terms.append(left + outputs[t] + inputs[t] + right)
+        else:
+            terms.append(left + outputs[t:] + inputs[: t + 1] + right)
+    sizes = dict(zip(outputs + inputs + bonds, (*out_modes, *in_modes, *ranks), strict=True))
+    return Chain(", ".join([inputs, *reversed(terms)]) + " -> " + outputs, sizes)
+
+
+def _labels(start: int, count: int) -> str:
+    """Letters, and beyond the alphabet the code points after the Latin blocks."""
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return "".join(alphabet[i] if i < len(alphabet) else chr(0x100 + i) for i in range(start, start + count))
+
+
+class TrainOperator(ChainOperator):
+    """Base of TT and BTT: cores in textbook order, the last applied first."""
+
+    kind: str
+    axes: str  # of a core, for messages
+
+    def __init__(self, cores: Sequence[Array]) -> None:
+        name = type(self).__name__
+        cores = tuple(cores)
+        check_arrays(name, cores)
+        out_modes, in_modes, ranks = self._sizes([tuple(core.shape) for core in cores])
+        self._set(train_chain(self.kind, out_modes, in_modes, ranks), cores[::-1])
+
+    @classmethod
+    def _sizes(cls, shapes: list[tuple[int, ...]]) -> tuple[Modes, Modes, Ranks]:
+        """Modes and ranks from the shapes of the cores.
+
+        Raises:
+            ShapeError: The cores do not fit together.
+        """
+        name, count = cls.__name__, len(shapes)
+        expected_axes = 4 if cls.kind == "tt" else count + 3
+        for t, shape in enumerate(shapes, start=1):
+            if len(shape) != expected_axes:
+                raise ShapeError(
+                    f"{name}: core {t} of {count} must have the {expected_axes} axes {cls.axes}, got shape {shape}"
+                )
+        if cls.kind == "tt":
+            out_modes = tuple(shape[1] for shape in shapes)
+            in_modes = tuple(shape[2] for shape in shapes)
+        else:
+            out_modes, in_modes = shapes[0][1:-2], shapes[-1][2:-1]
+        ranks = tuple(shape[-1] for shape in shapes[:-1])
+        expected = cls.core_shapes(out_modes, in_modes, ranks)
+        if shapes != list(expected):
+            raise ShapeError(f"{name}: the cores {cls.axes} must chain, expected shapes {list(expected)}, got {shapes}")
+        return out_modes, in_modes, ranks
+
+    @classmethod
+    def core_shapes(cls, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> Iterator[tuple[int, ...]]:
+        """Shapes of the cores in textbook order, for inner ranks ``ranks``."""
+        bonds = (1, *ranks, 1)
+        for t in range(len(out_modes)):
+            if cls.kind == "tt":
+                yield bonds[t], out_modes[t], in_modes[t], bonds[t + 1]
+            else:
+                yield bonds[t], *out_modes[t:], *in_modes[: t + 1], bonds[t + 1]
+
+    @classmethod
+    def textbook_shapes(cls, chain: Chain) -> tuple[tuple[int, ...], ...]:
+        """The labels' sizes with the outer ranks of 1 put back."""
+        first, *rest = (factor.shape for factor in chain.factors)
+        shapes = [(*first, 1), *rest]
+        shapes[-1] = (1, *shapes[-1])
+        return tuple(shapes)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The inner ranks in textbook order."""
+        return tuple(int(core.shape[-1]) for core in self.textbook[:-1])
+
+    def describe(self) -> str:
+        """Modes and ranks."""
+        out, inn = (
+            "x".join(str(size) for size in self.chain.shape_of(labels))
+            for labels in (self.chain.terms[-1], self.chain.terms[0])
+        )
+        ranks = ", ".join(map(str, self.ranks))
+        return f"modes {out} by {inn}{', rank ' + ranks if ranks else ''}"
+
+
+@dataclass(frozen=True)
+class TrainStructure(Structure):
+    """Base of the specs ``tt`` and ``btt``.
+
+    Args:
+        rank: Inner rank, or a tuple of ``num_cores - 1`` of them; 1 by default.
+        num_cores: Number of cores.
+        modes: ``"balanced"``, ``"greedy"`` or explicit ``((m...), (n...))``, output first.
+        params: In place of the rank, the largest that keeps within this share of the dense parameters.
+    """
+
+    rank: int | Ranks | None = None
+    num_cores: int = 2
+    modes: str | tuple[Modes, Modes] = "balanced"
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments that no size is needed for."""
+        check_count(self, "num_cores", self.num_cores)
+        check_budget(self, self.params, "rank", self.rank)
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        for rank in ranks:
+            check_count(self, "rank", rank)
+        if isinstance(self.rank, tuple) and len(self.rank) != self.num_cores - 1:
+            raise StructureError(
+                f"{self.name}: {self.num_cores} cores have {self.num_cores - 1} inner ranks, got rank={self.rank}"
+            )
+        check_modes(self, self.modes, self.num_cores)
+
+    def mode_sizes(self, in_features: int, out_features: int) -> tuple[Modes, Modes]:
+        """Output and input modes at this size, most significant first."""
+        return resolve_modes(self, self.modes, self.num_cores, in_features, out_features)
+
+    def chain(self, in_features: int, out_features: int) -> Chain:
+        """One factor a core, the last core first."""
+        out_modes, in_modes = self.mode_sizes(in_features, out_features)
+        inner = self.num_cores - 1
+
+        def at(ranks: Ranks) -> Chain:
+            return train_chain(self.name, out_modes, in_modes, ranks)
+
+        if self.params is not None:
+            dense = in_features * out_features
+            ranks = (largest_within(self, self.params, dense, lambda r: at((r,) * inner).num_params, "rank"),) * inner
+        else:
+            ranks = self.rank if isinstance(self.rank, tuple) else (self.rank or 1,) * inner
+        for t, rank in enumerate(ranks, start=1):
+            warn_wasteful_rank(
+                self, f"rank {t} of {inner}:" if inner > 1 else "rank", rank, self._useful(out_modes, in_modes, t)
+            )
+        chain = at(ranks)
+        warn_capped_rank(self, chain, "raise the rank, or choose modes")
+        return chain
+
+    def _useful(self, out_modes: Modes, in_modes: Modes, t: int) -> int:
+        """The rank between core t and t + 1 at which any matrix is representable as far as that bond goes."""
+        if self.name == "tt":
+            return min(
+                math.prod(out_modes[:t]) * math.prod(in_modes[:t]), math.prod(out_modes[t:]) * math.prod(in_modes[t:])
+            )
+        return min(math.prod(out_modes[:t]), math.prod(in_modes[t:]))
+
+
+def check_modes(spec: Structure, modes: Any, count: int) -> None:
+    """A rule, or explicit output and input modes.
+
+    Raises:
+        StructureError: Neither, or not ``count`` modes a side.
+    """
+    if modes in factorising.RULES:
+        return
+    explicit = (
+        isinstance(modes, tuple)
+        and len(modes) == 2
+        and all(
+            isinstance(side, tuple) and len(side) == count and all(isinstance(m, int) and m > 0 for m in side)
+            for side in modes
+        )
+    )
+    if not explicit:
+        raise StructureError(
+            f"{spec.name}: modes must be one of {', '.join(factorising.RULES)}, or output and input modes "
+            f"((m1, ...), (n1, ...)) with {count} each, got {modes!r}"
+        )
+
+
+def resolve_modes(spec: Structure, modes: Any, count: int, in_features: int, out_features: int) -> tuple[Modes, Modes]:
+    """Output and input modes for the sizes of a layer.
+
+    Raises:
+        StructureError: Explicit modes do not multiply to the sizes.
+    """
+    if isinstance(modes, str):
+        rule: Any = modes
+        return factorising.modes(out_features, count, rule), factorising.modes(in_features, count, rule)
+    out_modes, in_modes = modes
+    for side, size, what in ((out_modes, out_features, "out_features"), (in_modes, in_features, "in_features")):
+        if math.prod(side) != size:
+            balanced = factorising.modes(size, count)
+            raise StructureError(
+                f"{spec}: the modes {side} multiply to {math.prod(side)}, but {what}={size}; {balanced} would work"
+            )
+    return out_modes, in_modes

@@ -1,0 +1,67 @@
+"""Random operators of a structure, initialised as layers are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from structops import _array
+from structops._array import Array, Dtype
+from structops.errors import BackendError
+from structops.mup import scales
+from structops.spec import Plan, Structure, structure
+
+
+def random(
+    spec: str | Structure,
+    shape: tuple[int, int],
+    *,
+    generator: Any = None,
+    key: Any = None,
+    like: Array = None,
+    dtype: Dtype = None,
+    device: Any = None,
+) -> Any:
+    """An operator of a structure with Gaussian factors of the paper's standard deviations.
+
+    Args:
+        spec: A structure or its string form.
+        shape: ``(out_features, in_features)``.
+        generator: A ``torch.Generator``; gives a torch operator.
+        key: A JAX key; gives a JAX operator.
+        like: An array whose dtype and device are taken.
+        dtype: Dtype, by default that of ``like`` or the library's default.
+        device: Device, by default that of ``like`` or of the generator.
+
+    Raises:
+        BackendError: Neither or both of generator and key, or ``like`` of the other library.
+        StructureError: The structure cannot have this shape.
+
+    Example:
+        >>> import torch
+        >>> random("btt(rank=2)", (16, 16), generator=torch.Generator().manual_seed(0))
+        BTT(16x16; modes 4x4 by 4x4, rank 2; 256 params, 1 of dense; torch.float32)
+    """
+    out_features, in_features = shape
+    plan = structure(spec).plan(in_features, out_features)
+    if like is not None:
+        backend = "torch" if generator is not None else "jax"
+        if _array.backend_of(like) != backend:
+            raise BackendError(f"like is a {_array.backend_of(like)} array, the seed is {backend}'s")
+        dtype = like.dtype if dtype is None else dtype
+        device = like.device if device is None and _array.is_concrete(like) else device
+    return plan.operator(draw(plan, generator=generator, key=key, dtype=dtype, device=device))
+
+
+def draw(plan: Plan, *, generator: Any = None, key: Any = None, dtype: Dtype = None, device: Any = None) -> list[Array]:
+    """Stored factors of a plan, Gaussian with muP's standard deviations.
+
+    Raises:
+        BackendError: Neither or both of generator and key.
+    """
+    if (generator is None) == (key is None):
+        raise BackendError("give an explicit seed: either generator= (a torch.Generator) or key= (a JAX key)")
+    keys: list[Any] = [None] * len(plan.factors) if key is None else list(_array.split_key(key, len(plan.factors)))
+    return [
+        _array.normal(shape, generator=generator, key=k, dtype=dtype, device=device) * row.init_std
+        for shape, row, k in zip(plan.stored_shapes, scales(plan), keys, strict=True)
+    ]
