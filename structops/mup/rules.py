@@ -25,6 +25,17 @@ FAMILY: dict[str, Optimizer] = {
 }
 
 
+def family(optimizer: str) -> Optimizer:
+    """The rule that an optimiser takes.
+
+    Raises:
+        StructureError: None is known for it.
+    """
+    if optimizer.lower() not in FAMILY:
+        raise StructureError(f"no rule for optimizer {optimizer!r}; known: {', '.join(FAMILY)}")
+    return FAMILY[optimizer.lower()]
+
+
 def init_std(factor: Factor) -> float:
     r"""Standard deviation of a Gaussian init, \(\sqrt{\min(\text{fan-in}, \text{fan-out})} / \text{fan-in}\).
 
@@ -53,12 +64,48 @@ def lr_multiplier(factor: Factor, in_features: int, out_features: int, count: in
     References:
         arXiv 2406.06248, section 3 and table 2; appendix H for SGD, here with the same 1/k.
     """
-    family = FAMILY.get(optimizer.lower())
-    if family is None:
-        raise StructureError(f"no rule for optimizer {optimizer!r}; known: {', '.join(FAMILY)}")
-    if family == "adam":
+    if family(optimizer) == "adam":
         return in_features / factor.fan_in / count
     return (factor.fan_out / factor.fan_in) / (out_features / in_features) / count
+
+
+def init_stds(A: Any, zero_last: bool = False) -> tuple[float, ...]:
+    """Standard deviations of all factors in order of application.
+
+    Args:
+        A: Anything with factors.
+        zero_last: The last factor starts at zero, as at the end of a residual branch or in the readout.  Then a first
+            factor that maps the whole input to fewer features (low rank) takes ``1 / sqrt(fan_in)``: with the plain
+            rule the gradients of both factors would vanish with width.
+
+    References:
+        arXiv 2406.06248, section 3.2 and its exception for low rank.
+    """
+    parts = factors(A)
+    stds = [init_std(factor) for factor in parts]
+    if zero_last:
+        first = parts[0]
+        if len(parts) > 1 and first.fan_in == _shape(A)[1]:
+            stds[0] = 1 / math.sqrt(first.fan_in)
+        stds[-1] = 0.0
+    return tuple(stds)
+
+
+def width_ratio(base_in: int, layer: Any, optimizer: str = "adam", base_out: int | None = None) -> float:
+    r"""Learning rate of a dense layer relative to the same layer at base width.
+
+    Adam: \(d^0_{in} / d_{in}\).  SGD: \(\frac{d_{out} / d_{in}}{d^0_{out} / d^0_{in}}\), which is 1 where both sides
+    grow alike.
+
+    Args:
+        base_in: Input size of the layer in the base model.
+        layer: Anything with ``in_features`` and ``out_features``.
+        optimizer: A name of `FAMILY`.
+        base_out: Output size of the layer in the base model, for SGD; both sides grow alike if not given.
+    """
+    if family(optimizer) == "adam":
+        return base_in / layer.in_features
+    return (layer.out_features / layer.in_features) / (base_out / base_in) if base_out else 1.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +206,6 @@ def _shape(A: Any) -> tuple[int, int]:
 
 def _reason(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str) -> str:
     std = f"std = sqrt(min({factor.fan_in}, {factor.fan_out}))/{factor.fan_in}"
-    if FAMILY[optimizer.lower()] == "adam":
+    if family(optimizer) == "adam":
         return f"{std}; lr = ({in_features}/{factor.fan_in})/{count}"
     return f"{std}; lr = ({factor.fan_out}/{factor.fan_in})/({out_features}/{in_features})/{count}"

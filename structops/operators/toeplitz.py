@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Self
 
 from structops import _array
@@ -16,7 +15,6 @@ from structops.operators.circulant import cyclic_convolve, fft_macs
 from structops.spec import FunctionPlan, Plan, Structure, register
 
 
-@cache
 def fast_length(n: int) -> int:
     """The next number without prime factors above 5, for which FFTs are fast."""
     while True:

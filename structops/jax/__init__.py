@@ -1,0 +1,11 @@
+"""Layers and gradient transformations for JAX; the only part of structops that imports jax."""
+
+try:
+    import jax as _jax  # noqa: F401
+    from flax import nnx as _nnx  # noqa: F401
+except ImportError as error:
+    raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
+
+from structops.jax.layer import StructuredLinear as StructuredLinear
+from structops.jax.optimizer import lr_scales as lr_scales
+from structops.jax.optimizer import scale_by_mup as scale_by_mup

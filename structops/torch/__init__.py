@@ -1,0 +1,9 @@
+"""Layers and parameter groups for PyTorch; the only part of structops that imports torch."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("structops.torch needs PyTorch: pip install 'structops[torch]'") from error
+
+from structops.torch.groups import param_groups as param_groups
+from structops.torch.layer import StructuredLinear as StructuredLinear
