@@ -94,16 +94,16 @@ class Regroup:
 
 @dataclass(frozen=True)
 class Move:
-    """One operation of a schedule on the state of shape ``(..., tokens, ...)``; -1 is the token axis.
+    """One operation of a schedule; -1 is the axis of all leading axes of x.
 
-    Permute the state by ``axes``, reshape it to ``matrix``, multiply by the transpose of the factor read as
-    ``factor`` (nothing to multiply by if that is empty), reshape the result to ``result``.
+    Read the state as ``state``, permute it by ``axes``, reshape it to ``matrix`` and multiply it by the transpose of
+    the factor read as ``factor`` (nothing to multiply by if that is empty).
     """
 
+    state: tuple[int, ...]
     axes: tuple[int, ...]
     matrix: tuple[int, ...]
     factor: tuple[int, ...]
-    result: tuple[int, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,21 +144,30 @@ class Chain:
     sizes: Mapping[str, int] | tuple[tuple[str, int], ...]
     in_features: int = 0
     out_features: int = 0
+    # Derived once, as plain attributes: a forward pass that is being compiled only looks them up.
+    terms: tuple[str, ...] = field(init=False, repr=False, compare=False)
     steps: tuple[Step | Regroup, ...] = field(init=False, repr=False, compare=False)
+    factor_steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
+    factors: tuple[Factor, ...] = field(init=False, repr=False, compare=False)
     schedule: tuple[Move, ...] = field(init=False, repr=False, compare=False)
+    padded_in: int = field(init=False, repr=False, compare=False)
+    padded_out: int = field(init=False, repr=False, compare=False)
+    _size: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the pattern, then derive the roles and the schedule once, so that no call derives them again."""
+        """Check the pattern, then derive the roles, the factors and the schedule."""
         put = object.__setattr__
         terms, output = _split(self.pattern)
         put(self, "pattern", ", ".join(terms) + " -> " + output)
+        put(self, "terms", (*terms, output))
         given = dict(self.sizes)
         used = sorted({label for label in self.pattern if label not in ",->= "})
         if missing := [label for label in used if label not in given]:
             raise ShapeError(f"{self.pattern!r}: no size for label(s) {', '.join(missing)}; sizes has {given}")
         if bad := {label: given[label] for label in used if int(given[label]) < 1}:
             raise ShapeError(f"{self.pattern!r}: every size must be at least 1, got {bad}")
-        put(self, "sizes", tuple((label, int(given[label])) for label in used))
+        put(self, "_size", {label: int(given[label]) for label in used})
+        put(self, "sizes", tuple(self._size.items()))
         put(self, "steps", tuple(_steps(terms, output, self.pattern)))
         for step in self.steps:
             if isinstance(step, Regroup) and self.size(step.before) != self.size(step.after):
@@ -166,18 +175,18 @@ class Chain:
                     f"{self.pattern!r}: {step.before} has {self.size(step.before)} entries and "
                     f"{step.after} has {self.size(step.after)}; a regroup must keep their number"
                 )
+        put(self, "padded_in", self.size(terms[0]))
+        put(self, "padded_out", self.size(output))
         for name, padded in (("in_features", self.padded_in), ("out_features", self.padded_out)):
             true = getattr(self, name) or padded
             if not 1 <= true <= padded:
                 raise ShapeError(f"{self.pattern!r}: {name}={true}, but its labels hold {padded} entries")
             put(self, name, true)
+        put(self, "factor_steps", tuple(step for step in self.steps if isinstance(step, Step)))
+        put(self, "factors", tuple(self._factor(step) for step in self.factor_steps))
         put(self, "schedule", tuple(self._moves()))
 
     # ------------------------------------------------------------------------------------------------ labels and sizes
-
-    @cached_property
-    def _size(self) -> dict[str, int]:
-        return dict(self.sizes)
 
     def size(self, labels: str) -> int:
         """Product of the sizes of ``labels``."""
@@ -187,51 +196,21 @@ class Chain:
         """Sizes of ``labels``, one by one."""
         return tuple(self._size[label] for label in labels)
 
-    @cached_property
-    def terms(self) -> tuple[str, ...]:
-        """Every term of the pattern: input, factors (and regroups) in order of application, output."""
-        terms, output = _split(self.pattern)
-        return (*terms, output)
-
-    @cached_property
-    def input_sizes(self) -> tuple[int, ...]:
-        """Sizes of the input labels."""
-        return self.shape_of(self.terms[0])
-
-    @cached_property
-    def padded_in(self) -> int:
-        """Entries of the input labels; more than ``in_features`` where the chain is padded."""
-        return self.size(self.terms[0])
-
-    @cached_property
-    def padded_out(self) -> int:
-        """Entries of the output labels; more than ``out_features`` where the chain is padded."""
-        return self.size(self.terms[-1])
+    def _factor(self, step: Step) -> Factor:
+        """The sizes behind the roles of a step."""
+        return Factor(
+            name=step.labels,
+            shape=self.shape_of(step.labels),
+            fan_in=self.size(step.contracted),
+            fan_out=self.size(step.emitted),
+            blocks=self.size(step.batch),
+            sharing=self.size(step.shared),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out_features, in_features)``, the shape of the matrix."""
         return self.out_features, self.in_features
-
-    @cached_property
-    def factor_steps(self) -> tuple[Step, ...]:
-        """The steps that are factors, in order of application."""
-        return tuple(step for step in self.steps if isinstance(step, Step))
-
-    @cached_property
-    def factors(self) -> tuple[Factor, ...]:
-        """The factors in order of application, as sizes."""
-        return tuple(
-            Factor(
-                name=step.labels,
-                shape=self.shape_of(step.labels),
-                fan_in=self.size(step.contracted),
-                fan_out=self.size(step.emitted),
-                blocks=self.size(step.batch),
-                sharing=self.size(step.shared),
-            )
-            for step in self.factor_steps
-        )
 
     # --------------------------------------------------------------------------------------------------------- numbers
 
@@ -255,7 +234,7 @@ class Chain:
         """Compute per dimension: MACs per input feature (paper, section 5)."""
         return self.macs / self.in_features
 
-    @cached_property
+    @property
     def intermediate_widths(self) -> tuple[int, ...]:
         """Numbers per token between one factor and the next; one fewer than there are factors."""
         return tuple(f.blocks * f.fan_out * f.sharing for f in self.factors[:-1])
@@ -332,7 +311,7 @@ class Chain:
 
     def _moves(self) -> Iterator[Move]:
         """Reshapes, permutations and (batched) matrix products that compute the chain; see `Move`."""
-        order = TOKENS + self.terms[0]
+        state = TOKENS + self.terms[0]
         for step in self.steps:
             if isinstance(step, Regroup):
                 target, after = TOKENS + step.before, TOKENS + step.after
@@ -345,12 +324,13 @@ class Chain:
                 matrix, factor = (
                     ((blocks, -1, cols), (blocks, rows, cols)) if blocks > 1 else ((-1, cols), (rows, cols))
                 )
-            result = tuple(-1 if label == TOKENS else self._size[label] for label in after)
-            yield Move(tuple(order.index(label) for label in target), matrix, factor, result)
-            order = after
-        target = TOKENS + self.terms[-1]
-        full = (-1, self.padded_out)
-        yield Move(tuple(order.index(label) for label in target), full, (), full)
+            yield self._move(state, target, matrix, factor)
+            state = after
+        yield self._move(state, TOKENS + self.terms[-1], (-1, self.padded_out), ())
+
+    def _move(self, state: str, target: str, matrix: tuple[int, ...], factor: tuple[int, ...]) -> Move:
+        shape = tuple(-1 if label == TOKENS else self._size[label] for label in state)
+        return Move(shape, tuple(state.index(label) for label in target), matrix, factor)
 
     def __repr__(self) -> str:
         """The pattern, the sizes and, where padded, the true shape."""

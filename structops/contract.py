@@ -40,13 +40,11 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
     lead = x.shape[:-1]
     if chain.padded_in != chain.in_features:
         x = pad(x, [(0, chain.padded_in - chain.in_features)])
-    state = x.reshape((-1, *chain.input_sizes))
-    remaining = iter(factors)
+    state, remaining = x, iter(factors)
     for move in chain.schedule:
-        state = permute(state, move.axes).reshape(move.matrix)
+        state = permute(state.reshape(move.state), move.axes).reshape(move.matrix)
         if move.factor:
             state = state @ next(remaining).reshape(move.factor).mT
-        state = state.reshape(move.result)
     if chain.padded_out != chain.out_features:
         state = state[:, : chain.out_features]
     return state.reshape((*lead, chain.out_features))
