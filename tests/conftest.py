@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, JAX in double precision on the CPU, and skips where a library is missing."""
+"""What all tests share: hypothesis profiles, JAX in double precision, and skips where a library is missing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if INSTALLED["jax"]:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling tiny programs is most of what tests wait for
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
 
