@@ -60,6 +60,11 @@ def permute(x: Array, axes: tuple[int, ...]) -> Array:
     return x.permute(axes) if hasattr(x, "permute") else x.transpose(axes)
 
 
+def contiguous(x: Array) -> Array:
+    """``x`` laid out row by row; JAX knows no other layout."""
+    return x.contiguous() if hasattr(x, "contiguous") else x
+
+
 def pad(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
     """Append zeros (before, after) along the last ``len(widths)`` axes."""
     if backend_of(x) == "torch":

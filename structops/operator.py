@@ -136,9 +136,8 @@ class StructuredOperator(LinearOperator):
         rows, cols = self.shape
         xp = _array.namespace(self.arrays_flat()[0])
         if rows <= cols:
-            return self._rmatmat(self._eye(xp, rows))
-        dense = self._matmat(self._eye(xp, cols))
-        return dense.contiguous() if hasattr(dense, "contiguous") else dense
+            return _array.contiguous(self._rmatmat(self._eye(xp, rows)))
+        return _array.contiguous(self._matmat(self._eye(xp, cols)))
 
     def _eye(self, xp: ModuleType, size: int) -> Array:
         array = self.arrays_flat()[0]

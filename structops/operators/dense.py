@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from structops import _cola
+from structops import _array, _cola
 from structops._array import Array
 from structops.chain import Chain
 from structops.operator import ChainOperator, check_arrays, check_axes
@@ -55,8 +55,8 @@ class Dense(ChainOperator, _cola.Dense):
         return self.arrays[0].mT if self.is_transposed else self.arrays[0]
 
     def to_dense(self) -> Array:
-        """The matrix itself."""
-        return self.A
+        """The matrix itself; a copy if it is a transposed view."""
+        return _array.contiguous(self.A)
 
 
 @register
