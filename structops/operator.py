@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
@@ -184,23 +185,21 @@ class StructuredOperator(LinearOperator):
     def __getitem__(self, ids: Any) -> Any:
         """``A[i]``, ``A[i, :]``, ``A[:, j]``, ``A[i, j]`` as arrays; slices as a lazy CoLA ``Sliced``."""
         rows, cols = ids if isinstance(ids, tuple) else (ids, slice(None))
-        if isinstance(rows, int):
+        for axis, index in enumerate((rows, cols)):  # JAX would take the nearest index that there is
+            if isinstance(index, Integral) and not -self.shape[axis] <= index < self.shape[axis]:
+                raise IndexError(f"index {index} is out of range for axis {axis} of size {self.shape[axis]}")
+        if isinstance(rows, Integral):
             return (self._unit(rows, 0) @ self)[cols]
-        if isinstance(cols, int):
+        if isinstance(cols, Integral):
             return (self @ self._unit(cols, 1))[rows]
         if isinstance(rows, list) and isinstance(cols, list):
             entries = [self[i, j] for i, j in zip(rows, cols, strict=True)]
             return _array.namespace(self.arrays_flat()[0]).stack(entries)
         return _cola.Sliced(A=self, slices=(rows, cols))
 
-    def _unit(self, index: int, axis: int) -> Array:
+    def _unit(self, index: Integral, axis: int) -> Array:
         size = self.shape[axis]
-        if not -size <= index < size:
-            raise IndexError(f"index {index} is out of range for axis {axis} of size {size}")
-        return self._eye_row(index % size, size)
-
-    def _eye_row(self, index: int, size: int) -> Array:
-        return self.xnp.canonical(loc=index, shape=(size,), dtype=self.dtype, device=self.device)
+        return self.xnp.canonical(loc=int(index) % size, shape=(size,), dtype=self.dtype, device=self.device)
 
     # --------------------------------------------------------------------------------------------------------- pytrees
 
