@@ -186,7 +186,7 @@ class StructuredOperator(LinearOperator):
         """``A[i]``, ``A[i, :]``, ``A[:, j]``, ``A[i, j]`` as arrays; slices as a lazy CoLA ``Sliced``."""
         rows, cols = ids if isinstance(ids, tuple) else (ids, slice(None))
         for axis, index in enumerate((rows, cols)):  # JAX would take the nearest index that there is
-            if isinstance(index, Integral) and not -self.shape[axis] <= index < self.shape[axis]:
+            if isinstance(index, Integral) and not -self.shape[axis] <= int(index) < self.shape[axis]:
                 raise IndexError(f"index {index} is out of range for axis {axis} of size {self.shape[axis]}")
         if isinstance(rows, Integral):
             return (self._unit(rows, 0) @ self)[cols]
