@@ -64,14 +64,18 @@ class StructuredOperator(LinearOperator):
 
     # --------------------------------------------------------------------------------------------------------- derived
 
-    def arrays_flat(self) -> list[Array]:
-        """All arrays, in the order of the leaves."""
+    def parts(self) -> list[Any]:
+        """The arrays and operators that the leaves hold, in order."""
         return list(_flat(getattr(self, name) for name in self.leaves))
+
+    def arrays_flat(self) -> list[Array]:
+        """All arrays, those of the operators among the parts included."""
+        return [array for part in self.parts() for array in _arrays(part)]
 
     @property
     def dtype(self) -> Dtype:
-        """The dtype of the matrix: that to which the arrays promote."""
-        return _array.promote(*(array.dtype for array in self.arrays_flat()))
+        """The dtype of the matrix: that to which the parts promote."""
+        return _array.promote(*(part.dtype for part in self.parts()))
 
     @property
     def device(self) -> Any:
@@ -104,9 +108,14 @@ class StructuredOperator(LinearOperator):
 
     def conj(self) -> Self:
         """The entrywise conjugate; the operator itself if it is real."""
-        if not _array.is_complex(self.dtype):
-            return self
-        return self._map(lambda array: array.conj() if _array.is_complex(array.dtype) else array)
+
+        def conjugate(part: Any) -> Any:
+            if not _array.is_complex(part.dtype):
+                return part
+            # CoLA has no conjugate of an operator.
+            return part.conj() if hasattr(part, "conj") else part.H.T
+
+        return self._map(conjugate) if _array.is_complex(self.dtype) else self
 
     def to(self, device: Any = None, dtype: Dtype = None) -> Self:
         """The operator on another device or with another dtype; integer arrays (indices) keep theirs.
@@ -121,14 +130,21 @@ class StructuredOperator(LinearOperator):
         if device is not None and dtype is None and _is_dtype(device):
             device, dtype = None, device
 
-        def convert(array: Array) -> Array:
-            if dtype is not None and _array.is_floating(array.dtype):
-                if _array.is_complex(array.dtype) and not _array.is_complex(dtype):
+        def convert(part: Any) -> Any:
+            if isinstance(part, StructuredOperator):
+                return part.to(device, dtype)
+            if isinstance(part, LinearOperator):
+                leaves, unflatten = part.flatten()
+                converted = unflatten([convert(leaf) if _array.is_array(leaf) else leaf for leaf in leaves])
+                converted.dtype = part.dtype if dtype is None else dtype  # CoLA would keep the old one
+                return converted
+            if dtype is not None and _array.is_floating(part.dtype):
+                if _array.is_complex(part.dtype) and not _array.is_complex(dtype):
                     raise BackendError(
-                        f"{array.dtype} to {dtype} would drop the imaginary part; take the real part first"
+                        f"{part.dtype} to {dtype} would drop the imaginary part; take the real part first"
                     )
-                array = _array.cast(array, dtype)
-            return array if device is None else _array.move(array, device)
+                part = _array.cast(part, dtype)
+            return part if device is None else _array.move(part, device)
 
         return self._map(convert)
 
@@ -220,7 +236,7 @@ class StructuredOperator(LinearOperator):
         return operator
 
     def _map(self, function: Any) -> Self:
-        """The operator with ``function`` applied to every array."""
+        """The operator with ``function`` applied to every array and operator that it holds."""
         children, aux = self.tree_flatten()
         return self.tree_unflatten(aux, [_map(child, function) for child in children])
 
@@ -343,23 +359,20 @@ def _flat(items: Any) -> Any:
     for item in items:
         if isinstance(item, tuple):
             yield from _flat(item)
-        elif isinstance(item, StructuredOperator):
-            yield from item.arrays_flat()
-        elif isinstance(item, LinearOperator):
-            yield from (leaf for leaf in item.flatten()[0] if _array.is_array(leaf))
         else:
             yield item
 
 
+def _arrays(part: Any) -> list[Array]:
+    if isinstance(part, StructuredOperator):
+        return part.arrays_flat()
+    if isinstance(part, LinearOperator):
+        return [leaf for leaf in part.flatten()[0] if _array.is_array(leaf)]
+    return [part]
+
+
 def _map(item: Any, function: Any) -> Any:
-    if isinstance(item, tuple):
-        return tuple(_map(part, function) for part in item)
-    if isinstance(item, StructuredOperator):
-        return item._map(function)
-    if isinstance(item, LinearOperator):
-        leaves, unflatten = item.flatten()
-        return unflatten([function(leaf) if _array.is_array(leaf) else leaf for leaf in leaves])
-    return function(item)
+    return tuple(_map(part, function) for part in item) if isinstance(item, tuple) else function(item)
 
 
 @_cola.transpose.dispatch(precedence=1)

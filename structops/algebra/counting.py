@@ -126,8 +126,13 @@ def parameter_counts_composite(
     A: _cola.Product | _cola.Sum | _cola.Kronecker | _cola.KronSum | _cola.BlockDiag | _cola.Concatenated,
 ) -> dict:
     """Those of all parts; a shared array once."""
+    return merged_counts(A.Ms)
+
+
+def merged_counts(Ms: Iterable[LinearOperator]) -> Counts:
+    """The parameters of several operators; those of an array that they share once."""
     merged: Counts = {}
-    for M in A.Ms:
+    for M in Ms:
         merged.update(parameter_counts(M))
     return merged
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
-from structops.algebra.counting import factors, macs, shared
+from structops.algebra.counting import factors, macs, merged_counts, shared
 from structops.chain import Chain
 from structops.contract import contract
 from structops.errors import ShapeError, StructureError
@@ -59,9 +59,6 @@ class BlockDiag(StructuredOperator, _cola.BlockDiag):
     multiplicities: tuple[int, ...]
 
     def __init__(self, *Ms: Any, multiplicities: Sequence[int] | None = None) -> None:
-        arrays = [M for M in Ms if not isinstance(M, _cola.LinearOperator)]
-        if arrays or not Ms:
-            check_arrays("BlockDiag", arrays)
         counts = (1,) * len(Ms) if multiplicities is None else tuple(multiplicities)
         if len(counts) != len(Ms) or any(count < 1 for count in counts):
             raise ShapeError(f"BlockDiag: {len(Ms)} blocks need as many multiplicities of at least 1, got {counts}")
@@ -125,7 +122,11 @@ class BlockDiag(StructuredOperator, _cola.BlockDiag):
 
     def transposed(self) -> Self:
         """The transposed blocks along the diagonal."""
-        return type(self)(*(M.T for M in self.Ms), multiplicities=self.multiplicities)
+        return self.tree_unflatten(((self.multiplicities,), frozenset()), (tuple(M.T for M in self.Ms),))
+
+    def parameter_counts(self) -> dict[int, int]:
+        """Those of all blocks; a repeated block once."""
+        return merged_counts(self.Ms)
 
     def describe(self) -> str:
         """Shape, structure and repeats of the blocks."""

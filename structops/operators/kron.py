@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
-from structops.algebra.counting import factors, kronecker_factors, macs, positions
+from structops.algebra.counting import factors, kronecker_factors, macs, merged_counts, positions
 from structops.chain import Chain
 from structops.contract import contract, store
 from structops.operator import StructuredOperator, check_arrays
@@ -64,16 +64,9 @@ class Kron(StructuredOperator, _cola.Kronecker):
     is_transposed: bool  # the first factor, not the last, is applied first: the transpose runs the chain backwards
 
     def __init__(self, *Ms: Any) -> None:
-        self._set(Ms, is_transposed=False)
-
-    def _set(self, Ms: Sequence[Any], is_transposed: bool) -> None:
-        arrays = [M for M in Ms if not isinstance(M, _cola.LinearOperator)]
-        if arrays or not Ms:
-            check_arrays("Kron", arrays)
         self.Ms = tuple(M if isinstance(M, _cola.LinearOperator) else Dense(M) for M in Ms)
-        self.is_transposed = is_transposed
-        if len({_array.backend_of(array) for array in self.arrays_flat()}) > 1:
-            check_arrays("Kron", self.arrays_flat())
+        self.is_transposed = False
+        check_arrays("Kron", self.arrays_flat())
 
     @classmethod
     def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
@@ -135,9 +128,11 @@ class Kron(StructuredOperator, _cola.Kronecker):
 
     def transposed(self) -> Self:
         """The Kronecker product of the transposes."""
-        operator = object.__new__(type(self))
-        operator._set([M.T for M in self.Ms], not self.is_transposed)
-        return operator
+        return self.tree_unflatten(((not self.is_transposed,), frozenset()), (tuple(M.T for M in self.Ms),))
+
+    def parameter_counts(self) -> dict[int, int]:
+        """Those of all factors."""
+        return merged_counts(self.Ms)
 
     def describe(self) -> str:
         """The shape, and where it has one the structure, of every factor."""
