@@ -7,7 +7,7 @@ from typing import Any
 
 import plum
 
-REPAIR = "pip uninstall -y plum-dispatch && pip install --force-reinstall --no-deps cola-plum-dispatch==0.1.4"
+from structops.errors import PLUM_REPAIR
 
 
 def is_colas_fork() -> bool:
@@ -18,7 +18,7 @@ def is_colas_fork() -> bool:
 if not is_colas_fork():
     raise ImportError(
         f"expected the plum of cola-plum-dispatch, found the one of plum-dispatch ({plum.__file__}); "
-        f"the two own the same import name and CoLA needs its own. Repair with:\n    {REPAIR}"
+        f"the two own the same import name and CoLA needs its own. Repair with:\n    {PLUM_REPAIR}"
     )
 
 dispatch: Any = plum.Dispatcher()  # Any: a dispatched function also has `.dispatch`, to register further rules

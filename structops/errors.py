@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The command that gives CoLA the plum it needs; see structops/_plum.py.
+PLUM_REPAIR = "pip uninstall -y plum-dispatch && pip install --force-reinstall --no-deps cola-plum-dispatch==0.1.4"
+
 
 class PatternError(ValueError):
     """An index pattern that is not a chain: a label summed away, repeated, or never emitted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import warnings
@@ -77,7 +78,7 @@ class ChainPlan:
     @property
     def stored_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Shape of every stored factor, ``(blocks, fan_out, fan_in)``."""
-        return tuple((f.blocks, f.fan_out, f.fan_in) for f in self.factors)
+        return tuple(factor.stored_shape for factor in self.factors)
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:
         """The product with ``x`` on its last axis; see `structops.contract`."""
@@ -157,6 +158,12 @@ class Structure:
 REGISTRY: dict[str, type[Structure]] = {}
 
 
+def registry() -> dict[str, type[Structure]]:
+    """All structures by name.  They register themselves when their files are loaded, which this sees to."""
+    importlib.import_module("structops.operators")
+    return REGISTRY
+
+
 def register(spec: type[Structure]) -> type[Structure]:
     """Make a spec known to `structure` by its name."""
     REGISTRY[spec.name] = spec
@@ -186,11 +193,12 @@ def structure(spec: str | Structure | Mapping[str, Any], /, **arguments: Any) ->
         name = str(given.pop("name", None))
     else:
         name, given = _parse(spec)
-    if name not in REGISTRY:
-        close = difflib.get_close_matches(name, REGISTRY, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise StructureError(f"unknown structure {name!r}{hint} Known structures: {', '.join(REGISTRY)}")
-    cls = REGISTRY[name]
+    known = registry()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise StructureError(f"unknown structure {name!r}; {hint}known: {', '.join(known)}")
+    cls = known[name]
     return cls(**_checked(cls, {**given, **arguments}))
 
 

@@ -15,7 +15,13 @@ from structops.mup import scales, width_ratio
 Path = tuple[str, ...]
 
 
-def lr_scales(model: nnx.Module, *, optimizer: str = "adam", base: int | nnx.Module | None = None) -> dict[Path, float]:
+def lr_scales(
+    model: nnx.Module,
+    *,
+    optimizer: str = "adam",
+    base: int | nnx.Module | None = None,
+    structure_aware: bool = True,
+) -> dict[Path, float]:
     """Learning-rate scale of every weight of a model, by its path; a parameter that is not listed has scale 1.
 
     Args:
@@ -23,6 +29,7 @@ def lr_scales(model: nnx.Module, *, optimizer: str = "adam", base: int | nnx.Mod
         optimizer: Name of the optimiser's family; see `structops.mup.FAMILY`.
         base: None: relative to the dense layers replaced; the fan-in at which the rate was tuned; or the base model,
             whose layers of the same path give the base fan-in of each.
+        structure_aware: If false, factors get the learning rate of the dense layer: the naive baseline of the paper.
 
     Raises:
         StructureError: No rule for the optimiser, or the base model lacks a layer.
@@ -46,14 +53,18 @@ def lr_scales(model: nnx.Module, *, optimizer: str = "adam", base: int | nnx.Mod
         path = _path(raw)
         if isinstance(layer, StructuredLinear):
             for index, row in enumerate(scales(layer.plan, optimizer)):
-                table[*path, "factors", str(index)] = row.lr_scale * ratio(path, layer)
+                table[*path, "factors", str(index)] = ratio(path, layer) * (row.lr_scale if structure_aware else 1.0)
         elif isinstance(layer, nnx.Linear):
             table[*path, "kernel"] = ratio(path, layer)
     return table
 
 
 def scale_by_mup(
-    model: nnx.Module, *, optimizer: str = "adam", base: int | nnx.Module | None = None
+    model: nnx.Module,
+    *,
+    optimizer: str = "adam",
+    base: int | nnx.Module | None = None,
+    structure_aware: bool = True,
 ) -> optax.GradientTransformation:
     """Multiply the update of every factor by its learning-rate scale; stateless, to be chained last.
 
@@ -64,11 +75,12 @@ def scale_by_mup(
         model: The module whose parameters are trained.
         optimizer: Name of the optimiser's family; see `structops.mup.FAMILY`.
         base: As in `lr_scales`.
+        structure_aware: As in `lr_scales`.
 
     Raises:
         StructureError: No rule for the optimiser, or the base model lacks a layer.
     """
-    table = lr_scales(model, optimizer=optimizer, base=base)
+    table = lr_scales(model, optimizer=optimizer, base=base, structure_aware=structure_aware)
 
     def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         return update * table.get(_path(path), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ def param_groups(
     optimizer: str = "adam",
     base: int | nn.Module | None = None,
     weight_decay: float = 0.0,
+    structure_aware: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim``: every parameter once, with the learning rate that its factor's shape asks for.
 
@@ -36,6 +38,7 @@ def param_groups(
             base model, whose layers of the same name give the base fan-in of each.
         weight_decay: Decay of a dense weight.  A factor's is divided by its learning-rate scale and by the number of
             factors, so that the layer decays as fast as the dense one; biases, gains and scalars do not decay.
+        structure_aware: If false, factors get the learning rate of the dense layer: the naive baseline of the paper.
 
     Returns:
         Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, sorted and merged by the last two.
@@ -53,7 +56,7 @@ def param_groups(
         raise StructureError("param_groups derives its numbers from the model; leave plan=None")
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
-    for parameter, lr_scale, decay in _rows(model, optimizer, base, weight_decay):
+    for parameter, lr_scale, decay in _rows(model, optimizer, base, weight_decay, structure_aware):
         if id(parameter) not in seen:
             seen.add(id(parameter))
             merged.setdefault((lr_scale, decay), []).append(parameter)
@@ -63,7 +66,9 @@ def param_groups(
     ]
 
 
-def _rows(model: nn.Module, optimizer: str, base: int | nn.Module | None, weight_decay: float) -> Any:
+def _rows(
+    model: nn.Module, optimizer: str, base: int | nn.Module | None, weight_decay: float, structure_aware: bool
+) -> Iterator[tuple[Any, float, float]]:
     """(parameter, lr scale, weight decay), the rows of structured layers first, so that those win where shared."""
     bases = dict(_clean(base.named_modules())) if isinstance(base, nn.Module) else {}
 
@@ -81,7 +86,8 @@ def _rows(model: nn.Module, optimizer: str, base: int | nn.Module | None, weight
         if isinstance(layer, StructuredLinear):
             width, rows = ratio(name, layer), scales(layer.plan, optimizer)
             for parameter, row in zip(layer.factors, rows, strict=True):
-                yield parameter, row.lr_scale * width, weight_decay / (row.lr_scale * width * len(rows))
+                lr_scale = width * (row.lr_scale if structure_aware else 1.0)
+                yield parameter, lr_scale, weight_decay / (lr_scale * len(rows))
     for name, layer in layers:
         if isinstance(layer, nn.Linear):
             width = ratio(name, layer)

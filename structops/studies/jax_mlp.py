@@ -1,0 +1,78 @@
+"""The residual MLP in JAX (Flax NNX), and its training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from structops.jax import StructuredLinear, scale_by_mup
+from structops.studies.data import Split
+from structops.studies.mlp import MLP
+from structops.studies.training import Recipe, Result, epochs
+
+
+class Block(nnx.Module):
+    """``h + down(gelu(up(norm(h))))``."""
+
+    def __init__(self, up: nnx.Module, down: nnx.Module, width: int, rngs: nnx.Rngs) -> None:
+        self.norm, self.up, self.down = nnx.LayerNorm(width, rngs=rngs), up, down
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Shape (..., width) to the same."""
+        return h + self.down(jax.nn.gelu(self.up(self.norm(h)), approximate=False))
+
+
+class JaxMLP(nnx.Module):
+    """The network that `MLP` describes."""
+
+    def __init__(self, sizes: MLP, rngs: nnx.Rngs) -> None:
+        layers = {
+            name: StructuredLinear(n, m, spec, zero_init=sizes.starts_at_zero(name), rngs=rngs)
+            for name, spec, n, m in sizes.layers()
+        }
+        self.embed, self.head = layers["embed"], layers["head"]
+        self.blocks = nnx.List(
+            [Block(layers[f"blocks.{i}.up"], layers[f"blocks.{i}.down"], sizes.width, rngs) for i in range(sizes.depth)]
+        )
+        self.norm = nnx.LayerNorm(sizes.width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Pixels (..., 64) to logits (..., 10)."""
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
+
+
+def train(sizes: MLP, recipe: Recipe, data: Split, seed: int) -> Result:
+    """Train one network from a seed."""
+    model = JaxMLP(sizes, nnx.Rngs(seed))
+    schedule = optax.cosine_decay_schedule(recipe.lr, recipe.steps(data))
+    base = nnx.eval_shape(lambda: JaxMLP(MLP("dense", recipe.base_width, sizes.depth), nnx.Rngs(0)))
+    scaling = scale_by_mup(model, base=base, structure_aware=recipe.structure_aware)
+    transform = optax.chain(optax.adamw(schedule, weight_decay=0.0), scaling)
+    graph, params = nnx.split(model)
+    state = (params, transform.init(params))
+
+    def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        params, memory = state
+        loss, gradient = jax.value_and_grad(loss_of)(params, *batch)
+        update, memory = transform.update(gradient, memory, params)
+        return (optax.apply_updates(params, update), memory), loss
+
+    run_epoch = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches))
+    losses = []
+    for images, labels in epochs(data, recipe, seed):
+        state, epoch = run_epoch(state, (jnp.asarray(images), jnp.asarray(labels)))
+        losses.append(float(epoch.mean()))
+    guess = nnx.merge(graph, state[0])(jnp.asarray(data.test_x)).argmax(-1)
+    return Result(losses, float(np.mean(np.asarray(guess) == data.test_y)))
