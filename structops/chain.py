@@ -65,6 +65,11 @@ class Factor:
         return self.blocks * self.fan_out * self.fan_in * self.sharing
 
     @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """The shape that layers and kernels use: ``(blocks, fan_out, fan_in)``."""
+        return self.blocks, self.fan_out, self.fan_in
+
+    @property
     def T(self) -> Factor:
         """The same parameters in the transposed chain: fan-in and fan-out trade places."""
         return Factor(self.name, self.shape, self.fan_out, self.fan_in, self.blocks, self.sharing)
@@ -244,8 +249,8 @@ class Chain:
 
     @property
     def saved_activations(self) -> int:
-        """Numbers per token that the backward pass needs: the input of every factor."""
-        return self.in_features + sum(self.intermediate_widths)
+        """Numbers per token that the backward pass needs: the input of every factor, with its padding."""
+        return self.padded_in + sum(self.intermediate_widths)
 
     @cached_property
     def rank_bound(self) -> int:

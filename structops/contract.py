@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from structops._array import Array, pad, permute
+from structops._array import Array, backend_of, pad, permute
 from structops.chain import Chain
-from structops.errors import ShapeError
+from structops.errors import BackendError, ShapeError
 
 
 def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
@@ -20,8 +20,8 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
 
     Args:
         chain: The pattern.
-        factors: One array per factor in order of application, stored as ``(blocks, fan_out, fan_in)``.  Any shape that
-            a row-major reshape turns into it will do; `store` makes it from an array with the textbook axes.
+        factors: One array per factor in order of application, stored as ``(blocks, fan_out, fan_in)``; axes of size 1
+            may be left out.  `store` makes them from arrays with the textbook axes.
         x: Shape ``(..., in_features)``, same library, dtype and device as the factors.
 
     Returns:
@@ -29,14 +29,16 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
 
     Raises:
         ShapeError: The last axis of ``x`` is not ``in_features`` long, or the factors do not have the chain's sizes.
+        BackendError: numpy arrays, other objects, or arrays of two libraries.
 
     Cost:
         ``chain.macs`` multiply-accumulates per vector, ``chain.saved_activations`` numbers per vector kept by autograd.
     """
-    if x.shape[-1] != chain.in_features:
+    if not all(hasattr(array, "permute") for array in (x, *factors)):  # else all are torch's, and may be being compiled
+        _check_libraries(x, *factors)
+    if x.shape[-1:] != (chain.in_features,):
         raise ShapeError(f"expected x of shape (..., {chain.in_features}) for {chain}, got {tuple(x.shape)}")
-    if len(factors) != len(chain.factor_steps):
-        raise ShapeError(f"expected {len(chain.factor_steps)} factors for {chain}, got {len(factors)}")
+    _check_stored(chain, factors)
     lead = x.shape[:-1]
     if chain.padded_in != chain.in_features:
         x = pad(x, [(0, chain.padded_in - chain.in_features)])
@@ -54,22 +56,50 @@ def store(chain: Chain, arrays: Sequence[Array]) -> tuple[Array, ...]:
     """Factors with textbook axes (the labels of each factor, in order) as ``(blocks, fan_out, fan_in)``.
 
     Raises:
-        ShapeError: An array does not hold the numbers that its factor needs.
+        ShapeError: There are more or fewer arrays than factors, or one does not hold the numbers that its factor needs.
     """
+    _check_count(chain, arrays)
     stored = []
     for step, factor, array in zip(chain.factor_steps, chain.factors, arrays, strict=True):
         if math.prod(array.shape) != factor.num_params:
             raise ShapeError(f"factor {factor.name} of {chain} needs shape {factor.shape}, got {tuple(array.shape)}")
-        array = permute(array.reshape(factor.shape), step.axes)
-        stored.append(array.reshape((factor.blocks, factor.fan_out, factor.fan_in)))
+        stored.append(permute(array.reshape(factor.shape), step.axes).reshape(factor.stored_shape))
     return tuple(stored)
 
 
 def unstore(chain: Chain, factors: Sequence[Array]) -> tuple[Array, ...]:
-    """The inverse of `store`: factors ``(blocks, fan_out, fan_in)`` with one axis per label, in textbook order."""
+    """The inverse of `store`: factors ``(blocks, fan_out, fan_in)`` with one axis per label, in textbook order.
+
+    Raises:
+        ShapeError: The factors do not have the chain's sizes.
+    """
+    _check_stored(chain, factors)
     arrays = []
     for step, factor in zip(chain.factor_steps, factors, strict=True):
         array = factor.reshape(chain.shape_of(step.batch + step.emitted + step.contracted))
         back = tuple(step.axes.index(axis) for axis in range(len(step.axes)))
         arrays.append(permute(array, back))
     return tuple(arrays)
+
+
+def _check_libraries(*arrays: Array) -> None:
+    backends = {backend_of(array) for array in arrays}
+    if len(backends) > 1:
+        raise BackendError(f"expected x and factors of one library, got {' and '.join(sorted(backends))}")
+
+
+def _check_count(chain: Chain, arrays: Sequence[Array]) -> None:
+    if len(arrays) != len(chain.factors):
+        raise ShapeError(f"expected {len(chain.factors)} factors for {chain}, got {len(arrays)}")
+
+
+def _check_stored(chain: Chain, factors: Sequence[Array]) -> None:
+    """As many numbers in another order would give a wrong product without a word."""
+    _check_count(chain, factors)
+    for factor, array in zip(chain.factors, factors, strict=True):
+        wanted = factor.stored_shape
+        if array.shape != wanted and [n for n in array.shape if n != 1] != [n for n in wanted if n != 1]:
+            raise ShapeError(
+                f"factor {factor.name} of {chain} is stored as (blocks, fan_out, fan_in) = {wanted}, "
+                f"got {tuple(array.shape)}"
+            )

@@ -167,6 +167,7 @@ def test_padded_chain():
     assert chain.factors == full.factors
     assert chain.xi == full.macs / 7
     assert chain.rank_bound <= 7
+    assert chain.saved_activations == full.saved_activations  # the padding is kept, too
     assert chain.T.shape == (7, 11)
     assert chain == chain.T.T
     assert repr(chain) == "Chain('cd, sbcd, abcs -> ab', a=4, b=3, c=2, d=5, s=1, padded from 11x7)"
