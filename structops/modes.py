@@ -24,14 +24,14 @@ def modes(size: int, count: int, rule: Rule = "balanced") -> tuple[int, ...]:
     A prime is ``size x 1``.
 
     Raises:
-        StructureError: The rule is unknown, or there are fewer than one mode.
+        StructureError: The rule is unknown, or the size or the number of modes is below 1.
 
     Example:
         >>> modes(768, 2), modes(768, 2, "greedy"), modes(4096, 3)
         ((32, 24), (48, 16), (16, 16, 16))
     """
-    if count < 1:
-        raise StructureError(f"expected at least one mode, got {count}")
+    if size < 1 or count < 1:
+        raise StructureError(f"expected a size of at least 1 and at least one mode, got {size} and {count}")
     if rule == "balanced":
         return _balanced(size, count, size)
     if rule == "greedy":
