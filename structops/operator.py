@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from numbers import Integral
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -261,19 +262,21 @@ class ChainOperator(StructuredOperator):
     Attributes:
         arrays: The arrays as they were given, in order of application.
         chain: The pattern.
+        flipped: The pattern of the transpose.
         is_transposed: Whether this is the transpose of an operator with the textbook axes.
     """
 
     leaves = ("arrays",)
-    static = ("chain", "is_transposed")
+    static = ("chain", "flipped", "is_transposed")
     arrays: tuple[Array, ...]
     chain: Chain
+    flipped: Chain  # kept, because deriving a pattern inside a compiled function breaks its graph
     is_transposed: bool
 
     def _set(self, chain: Chain, arrays: Sequence[Array]) -> None:
         """Fill the fields from arrays in order of application; the one check of libraries and sizes."""
         check_arrays(type(self).__name__, arrays)
-        self.chain, self.arrays, self.is_transposed = chain, tuple(arrays), False
+        self.chain, self.flipped, self.arrays, self.is_transposed = chain, flip(chain), tuple(arrays), False
 
     @classmethod
     def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
@@ -303,24 +306,37 @@ class ChainOperator(StructuredOperator):
         return store(self.chain, self.arrays)
 
     def _matmat(self, X: Array) -> Array:
-        return self._contract(self.chain, self.stored_factors(), X.mT).mT
+        return multiply(self.chain, self.arrays, X.mT).mT
 
     def _rmatmat(self, X: Array) -> Array:
-        flipped = self.chain.T
-        return self._contract(flipped, store(flipped, self.arrays[::-1]), X)
-
-    def _contract(self, chain: Chain, factors: Sequence[Array], x: Array) -> Array:
-        dtype = _array.promote(self.dtype, x.dtype)
-        return contract(chain, [_array.cast(f, dtype) for f in factors], _array.cast(x, dtype))
+        return multiply(self.flipped, self.arrays[::-1], X)
 
     def transposed(self) -> Self:
         """The transpose: the same arrays in reverse order under the reversed chain."""
-        aux: tuple[Any, ...] = ((self.chain.T, not self.is_transposed), frozenset())
+        aux: tuple[Any, ...] = ((self.flipped, self.chain, not self.is_transposed), frozenset())
         return self.tree_unflatten(aux, (self.arrays[::-1],))
 
     def describe(self) -> str:
         """The shape of every factor in order of application."""
         return "factors " + ", ".join("x".join(map(str, factor.shape)) for factor in self.chain.factors)
+
+
+@cache
+def flip(chain: Chain) -> Chain:
+    """``chain.T``, derived once for all operators of a pattern."""
+    return chain.T
+
+
+def multiply(chain: Chain, arrays: Sequence[Array], x: Array) -> Array:
+    """The product of a chain and the last axis of x, in the dtype to which all promote.
+
+    Args:
+        chain: The pattern.
+        arrays: One array a factor in order of application, with the axes of its labels.
+        x: Shape ``(..., in_features)``.
+    """
+    dtype = _array.promote(x.dtype, *(array.dtype for array in arrays))
+    return contract(chain, store(chain, [_array.cast(array, dtype) for array in arrays]), _array.cast(x, dtype))
 
 
 def check_arrays(what: str, arrays: Sequence[Array]) -> None:

@@ -169,6 +169,7 @@ def test_jit_returns_operators_and_does_not_trace_again(case: Case) -> None:
 def test_products_compile_as_one_graph(case: Case) -> None:
     import torch
 
+    torch._dynamo.reset()  # it stops after some recompilations of one function
     A, M = case.build("torch", "float32")
     X = draw_like(A, generator(case), (M.shape[1], 3))
     Y = draw_like(A, generator(case), (2, M.shape[0]))

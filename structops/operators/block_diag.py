@@ -9,12 +9,11 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
-from structops.algebra.counting import factors, macs, merged_counts, shared
+from structops.algebra.counting import factors, macs, shared
 from structops.chain import Chain
-from structops.contract import contract
 from structops.errors import ShapeError, StructureError
 from structops.modes import divisors, nearest_multiples
-from structops.operator import StructuredOperator, check_arrays
+from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
 from structops.spec import Structure, check_budget, check_count, register
 
@@ -25,7 +24,7 @@ def block_diag_chain(blocks: int, rows: int, cols: int) -> Chain:
     return Chain("cd, cbd -> cb", {"c": blocks, "b": rows, "d": cols})
 
 
-class BlockDiag(StructuredOperator, _cola.BlockDiag):
+class BlockDiag(CompositeOperator, _cola.BlockDiag):
     r"""Matrices or operators along the diagonal, zeros elsewhere.
 
     **Definition.** \(A = M_1 \oplus \ldots \oplus M_b\), every \(M_t\) repeated ``multiplicities[t]`` times in a row.
@@ -53,18 +52,18 @@ class BlockDiag(StructuredOperator, _cola.BlockDiag):
         BlockDiag(4x6; blocks 2x3, 2x3; 12 params, 0.5 of dense; torch.float32)
     """
 
-    leaves = ("Ms",)
-    static = ("multiplicities",)
-    Ms: tuple[_cola.LinearOperator, ...]
+    static = (*CompositeOperator.static, "multiplicities")
     multiplicities: tuple[int, ...]
 
     def __init__(self, *Ms: Any, multiplicities: Sequence[int] | None = None) -> None:
         counts = (1,) * len(Ms) if multiplicities is None else tuple(multiplicities)
         if len(counts) != len(Ms) or any(count < 1 for count in counts):
             raise ShapeError(f"BlockDiag: {len(Ms)} blocks need as many multiplicities of at least 1, got {counts}")
-        self.Ms = tuple(M if isinstance(M, _cola.LinearOperator) else Dense(M) for M in Ms)
+        self._set(Ms)
         self.multiplicities = counts
-        check_arrays("BlockDiag", self.arrays_flat())
+        equal = len({tuple(M.shape) for M in self.Ms}) == 1 and set(counts) == {1}
+        if equal and all(isinstance(M, Dense) for M in self.Ms):
+            self._set_chain(block_diag_chain(len(self.Ms), *self.Ms[0].shape))
 
     @classmethod
     def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
@@ -76,64 +75,27 @@ class BlockDiag(StructuredOperator, _cola.BlockDiag):
     def shape(self) -> tuple[int, int]:
         """``(sum m, sum n)`` over all repeats."""
         pairs = list(zip(self.Ms, self.multiplicities, strict=True))
-        return sum(M.shape[0] * c for M, c in pairs), sum(M.shape[1] * c for M, c in pairs)
+        return sum([M.shape[0] * c for M, c in pairs]), sum([M.shape[1] * c for M, c in pairs])
 
-    @property
-    def is_chain(self) -> bool:
-        """Whether all blocks are arrays of one shape, each once: then the operator is a chain."""
-        same = len({tuple(M.shape) for M in self.Ms}) == 1
-        return same and set(self.multiplicities) == {1} and all(isinstance(M, Dense) for M in self.Ms)
+    def chain_arrays(self, matrices: list[Array]) -> list[Array]:
+        """All blocks in one array."""
+        return [_array.namespace(matrices[0]).stack(matrices)]
 
-    @property
-    def chain(self) -> Chain:
-        """The pattern, where all blocks are arrays of one shape.
-
-        Raises:
-            TypeError: They are not.
-        """
-        if not self.is_chain:
-            raise TypeError(f"{self!r} has blocks of different kinds, so it is no chain")
-        return block_diag_chain(len(self.Ms), *self.Ms[0].shape)
-
-    def _matmat(self, X: Array) -> Array:
-        return self._apply(X.mT).mT
-
-    def _rmatmat(self, X: Array) -> Array:
-        return self.transposed()._apply(X)
-
-    def _apply(self, x: Array) -> Array:
-        """The product on the last axis of x."""
-        xp = _array.namespace(x)
-        if self.is_chain:
-            dtype = _array.promote(self.dtype, x.dtype)
-            stacked = xp.stack([_array.cast(M.A, dtype) for M in self.Ms])
-            return contract(self.chain, [stacked], _array.cast(x, dtype))
+    def _apply_parts(self, x: Array) -> Array:
         lead, start, parts = tuple(x.shape[:-1]), 0, []
         for M, count in zip(self.Ms, self.multiplicities, strict=True):
             stop = start + M.shape[1] * count
-            part = (M @ x[..., start:stop].reshape((-1, M.shape[1])).mT).mT
+            part = M._matmat(x[..., start:stop].reshape((-1, M.shape[1])).mT).mT
             parts.append(part.reshape((*lead, M.shape[0] * count)))
             start = stop
-        return xp.concat(parts, axis=-1)
-
-    def to_dense(self) -> Array:
-        """The matrix as one array."""
-        return StructuredOperator.to_dense(self)
-
-    def transposed(self) -> Self:
-        """The transposed blocks along the diagonal."""
-        return self.tree_unflatten(((self.multiplicities,), frozenset()), (tuple(M.T for M in self.Ms),))
-
-    def parameter_counts(self) -> dict[int, int]:
-        """Those of all blocks; a repeated block once."""
-        return merged_counts(self.Ms)
+        return _array.namespace(x).concat(parts, axis=-1)
 
     def describe(self) -> str:
         """Shape, structure and repeats of the blocks."""
-        texts = []
-        for M, count in zip(self.Ms, self.multiplicities, strict=True):
-            kind = "" if isinstance(M, Dense) else type(M).__name__ + " "
-            texts.append(f"{kind}{M.shape[0]}x{M.shape[1]}" + (f" times {count}" if count > 1 else ""))
+        texts = [
+            self.describe_part(M) + (f" times {count}" if count > 1 else "")
+            for M, count in zip(self.Ms, self.multiplicities, strict=True)
+        ]
         shown = texts if len(texts) <= 4 else [*texts[:2], f"... {len(texts) - 3} more ...", texts[-1]]
         return "blocks " + ", ".join(shown)
 

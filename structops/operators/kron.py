@@ -10,10 +10,9 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
-from structops.algebra.counting import factors, kronecker_factors, macs, merged_counts, positions
+from structops.algebra.counting import factors, kronecker_factors, macs, positions
 from structops.chain import Chain
-from structops.contract import contract, store
-from structops.operator import StructuredOperator, check_arrays
+from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
 from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
 from structops.spec import Structure, check_count, register, warn_capped_rank
@@ -28,7 +27,7 @@ def kron_chain(out_modes: Modes, in_modes: Modes) -> Chain:
     return Chain(", ".join([inputs, *factors]) + " -> " + outputs, train.sizes)
 
 
-class Kron(StructuredOperator, _cola.Kronecker):
+class Kron(CompositeOperator, _cola.Kronecker):
     r"""The Kronecker product of any number of matrices or operators.
 
     **Definition.** \(A = M_1 \otimes \ldots \otimes M_c\): entry \((i_1 \ldots i_c), (j_1 \ldots j_c)\) is
@@ -58,15 +57,11 @@ class Kron(StructuredOperator, _cola.Kronecker):
         Kron(16x10; factors 4x2, 4x5; 28 params, 0.175 of dense; torch.float32)
     """
 
-    leaves = ("Ms",)
-    static = ("is_transposed",)
-    Ms: tuple[_cola.LinearOperator, ...]
-    is_transposed: bool  # the first factor, not the last, is applied first: the transpose runs the chain backwards
-
     def __init__(self, *Ms: Any) -> None:
-        self.Ms = tuple(M if isinstance(M, _cola.LinearOperator) else Dense(M) for M in Ms)
-        self.is_transposed = False
-        check_arrays("Kron", self.arrays_flat())
+        self._set(Ms)
+        if all(isinstance(M, Dense) for M in self.Ms):
+            out_modes, in_modes = zip(*(M.shape for M in self.Ms), strict=True)
+            self._set_chain(kron_chain(out_modes, in_modes))
 
     @classmethod
     def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
@@ -76,77 +71,34 @@ class Kron(StructuredOperator, _cola.Kronecker):
     @property
     def shape(self) -> tuple[int, int]:
         """``(prod m, prod n)``."""
-        return math.prod(M.shape[0] for M in self.Ms), math.prod(M.shape[1] for M in self.Ms)
-
-    @property
-    def chain(self) -> Chain:
-        """The pattern, where all factors are dense.
-
-        Raises:
-            TypeError: A factor is an operator with a structure of its own.
-        """
-        if not self.is_chain:
-            raise TypeError(f"{self!r} has factors that are operators, so it is no single chain")
-        out_modes = tuple(int(M.shape[0]) for M in self.Ms)
-        in_modes = tuple(int(M.shape[1]) for M in self.Ms)
-        return kron_chain(in_modes, out_modes).T if self.is_transposed else kron_chain(out_modes, in_modes)
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether all factors are arrays: then the operator is a chain."""
-        return all(isinstance(M, Dense) for M in self.Ms)
+        return math.prod([M.shape[0] for M in self.Ms]), math.prod([M.shape[1] for M in self.Ms])
 
     @property
     def applied(self) -> tuple[_cola.LinearOperator, ...]:
-        """The factors in order of application."""
+        """The factors in order of application: the last first, the first first in a transpose."""
         return self.Ms if self.is_transposed else self.Ms[::-1]
 
-    def _matmat(self, X: Array) -> Array:
-        return self._apply(X.mT).mT
+    def chain_arrays(self, matrices: list[Array]) -> list[Array]:
+        """The factors in order of application."""
+        return matrices if self.is_transposed else matrices[::-1]
 
-    def _rmatmat(self, X: Array) -> Array:
-        return self.transposed()._apply(X)
-
-    def _apply(self, x: Array) -> Array:
-        """The product on the last axis of x."""
-        if self.is_chain:
-            dtype = _array.promote(self.dtype, x.dtype)
-            # A transpose's chain names the axes of the untransposed matrices.
-            arrays = [_array.cast(M.A.mT if self.is_transposed else M.A, dtype) for M in self.applied]
-            return contract(self.chain, store(self.chain, arrays), _array.cast(x, dtype))
-        lead = tuple(x.shape[:-1])
-        modes = [int(M.shape[1]) for M in self.Ms]
-        state = x.reshape((-1, *modes))
-        order = range(len(self.Ms)) if self.is_transposed else reversed(range(len(self.Ms)))
-        for t in order:
-            state = _apply_on_axis(self.Ms[t], state, t + 1)
-        return state.reshape((*lead, self.shape[0]))
-
-    def to_dense(self) -> Array:
-        """The matrix as one array."""
-        return StructuredOperator.to_dense(self)
-
-    def transposed(self) -> Self:
-        """The Kronecker product of the transposes."""
-        return self.tree_unflatten(((not self.is_transposed,), frozenset()), (tuple(M.T for M in self.Ms),))
-
-    def parameter_counts(self) -> dict[int, int]:
-        """Those of all factors."""
-        return merged_counts(self.Ms)
+    def _apply_parts(self, x: Array) -> Array:
+        axes = list(range(1, len(self.Ms) + 1))
+        state = x.reshape((-1, *(M.shape[1] for M in self.Ms)))
+        for axis in axes if self.is_transposed else axes[::-1]:
+            state = _apply_on_axis(self.Ms[axis - 1], state, axis)
+        return state.reshape((*x.shape[:-1], self.shape[0]))
 
     def describe(self) -> str:
-        """The shape, and where it has one the structure, of every factor."""
-        named = ("" if isinstance(M, Dense) else type(M).__name__ + " " for M in self.Ms)
-        return "factors " + ", ".join(
-            f"{name}{M.shape[0]}x{M.shape[1]}" for name, M in zip(named, self.Ms, strict=True)
-        )
+        """Every factor."""
+        return "factors " + ", ".join(map(self.describe_part, self.Ms))
 
 
 def _apply_on_axis(M: _cola.LinearOperator, state: Array, axis: int) -> Array:
     """``M`` applied to one axis of ``state``."""
     order = (axis, *(i for i in range(state.ndim) if i != axis))
     moved = _array.permute(state, order)
-    result = (M @ moved.reshape((M.shape[1], -1))).reshape((M.shape[0], *moved.shape[1:]))
+    result = M._matmat(moved.reshape((M.shape[1], -1))).reshape((M.shape[0], *moved.shape[1:]))
     return _array.permute(result, tuple(order.index(i) for i in range(state.ndim)))
 
 
