@@ -113,9 +113,11 @@ def move(x: Array, device: Any) -> Array:
 
 
 def is_concrete(x: Array) -> bool:
-    """Whether the values of ``x`` can be read: no tracer, no fake or meta tensor."""
+    """Whether the values of ``x`` can be read: no tracer, no fake or meta tensor, none under vmap or compilation."""
     if backend_of(x) == "torch":
-        return type(x).__name__ in ("Tensor", "Parameter") and x.device.type != "meta"
+        torch = sys.modules["torch"]
+        traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        return type(x).__name__ in ("Tensor", "Parameter") and x.device.type != "meta" and not traced
     return not isinstance(x, sys.modules["jax"].core.Tracer)
 
 
