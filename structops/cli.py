@@ -33,13 +33,27 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     width: Annotated[int, typer.Option(min=16, help="Width of the middle dense network.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
+    structures: Annotated[str, typer.Option(help="Structures to train, separated by semicolons; all by default.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the plots and the numbers.")] = Path("structops-demo"),
 ) -> None:
     """Compare structures: products at one size, then residual MLPs on handwritten digits at equal MACs."""
+    from structops.studies.demo import STRUCTURES
     from structops.studies.demo import demo as run
 
+    chosen = [spec.strip() for spec in structures.split(";")] if structures else list(STRUCTURES)
+    if unknown := [spec for spec in chosen if spec not in STRUCTURES]:
+        raise typer.BadParameter(f"{', '.join(unknown)} not among {'; '.join(STRUCTURES)}", param_hint="--structures")
     try:
-        run(backend=backend.value, seed=seed, seeds=seeds, width=width, epochs=epochs, out=out, console=console)
+        run(
+            structures=chosen,
+            backend=backend.value,
+            seed=seed,
+            seeds=seeds,
+            width=width,
+            epochs=epochs,
+            out=out,
+            console=console,
+        )
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; what was finished is on disk")
         raise typer.Exit(130) from None

@@ -29,12 +29,12 @@ NAIVE = ("kron", "btt")  # again, with the learning rate of the dense layer
 
 @dataclass(frozen=True)
 class Job:
-    """One training; ``budget`` is the MACs of the dense network that it is compared with."""
+    """A network to train from several seeds; ``budget`` is the MACs of the dense network that it is compared with."""
 
     budget: int
     sizes: MLP
     recipe: Recipe
-    seed: int
+    seeds: tuple[int, ...]
     backend: str
 
     @property
@@ -45,11 +45,28 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """One training that has ended."""
+    """A job that has ended: a result a seed, and the mean time of a training."""
 
     job: Job
-    result: Result
+    results: list[Result]
     seconds: float
+
+    @property
+    def summary(self) -> Summary:
+        """Means over seeds."""
+        losses = [result.train_loss for result in self.results]
+        return Summary(
+            budget=self.job.budget,
+            label=self.job.label,
+            width=self.job.sizes.width,
+            num_params=self.job.sizes.num_params,
+            macs=self.job.sizes.macs,
+            train_loss=statistics.mean(losses),
+            train_loss_std=statistics.stdev(losses) if len(losses) > 1 else 0.0,
+            accuracy=statistics.mean(result.accuracy for result in self.results),
+            seconds=self.seconds,
+            seeds=len(losses),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,29 +98,31 @@ class Summary:
     seeds: int
 
 
-def jobs(backend: str, width: int, epochs: int, seeds: Sequence[int]) -> list[Job]:
+def jobs(
+    backend: str, width: int, epochs: int, seeds: Sequence[int], structures: Sequence[str] = STRUCTURES
+) -> list[Job]:
     """All trainings: every structure at the MACs of dense networks of three widths."""
     recipe = Recipe(epochs=epochs)
     naive = replace(recipe, structure_aware=False)
     listed = []
     for scale in SIZES:
         budget = MLP("dense", max(8, 4 * round(scale * width / 4))).macs
-        variants = [(spec, recipe) for spec in STRUCTURES] + [(spec, naive) for spec in NAIVE]
+        variants = [(spec, recipe) for spec in structures]
+        variants += [(spec, naive) for spec in NAIVE if spec in structures]
         for spec, how in variants:
-            sizes = MLP(spec, width_for(spec, budget))
-            listed += [Job(budget, sizes, how, seed, backend) for seed in seeds]
+            listed.append(Job(budget, MLP(spec, width_for(spec, budget)), how, tuple(seeds), backend))
     return listed
 
 
 def run_job(job: Job) -> Run:
-    """Train one network in this process."""
+    """Train a network from all its seeds in this process."""
     if job.backend == "torch":
         from structops.studies.torch_mlp import train
     else:
         from structops.studies.jax_mlp import train
     start = time.perf_counter()
-    result = train(job.sizes, job.recipe, digits(), job.seed)
-    return Run(job, result, time.perf_counter() - start)
+    results = train(job.sizes, job.recipe, digits(), job.seeds)
+    return Run(job, results, (time.perf_counter() - start) / len(job.seeds))
 
 
 def demo(
@@ -115,17 +134,17 @@ def demo(
     seeds: int,
     out: Path,
     console: Console,
-    workers: int | None = None,
+    structures: Sequence[str] = STRUCTURES,
 ) -> list[Summary]:
     """Run the demonstration; write ``demo.json``, ``curves.png`` and ``error-vs-macs.png`` into ``out``.
 
     An interrupt leaves the files with what was finished, and is raised again.
     """
     products = _show_products(backend, 8 * width, seed, console)
-    todo = jobs(backend, width, epochs, range(seed, seed + seeds))
+    todo = jobs(backend, width, epochs, range(seed, seed + seeds), structures)
     runs: list[Run] = []
     try:
-        for run in _run_all(todo, console, workers):
+        for run in _run_all(todo, console):
             runs.append(run)
             write_json(out / "demo.json", _data(products, runs, todo))
     finally:
@@ -135,25 +154,25 @@ def demo(
             write_figure(out / "curves.png", curves(runs))
             write_figure(out / "error-vs-macs.png", error_versus_macs(summaries))
             console.print(_summary_table(summaries, epochs))
-            console.print(f"{len(runs)} of {len(todo)} trainings; in {out}: demo.json, curves.png, error-vs-macs.png")
+            console.print(f"{len(runs)} of {len(todo)} networks; in {out}: demo.json, curves.png, error-vs-macs.png")
     return summaries
 
 
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def _run_all(todo: Sequence[Job], console: Console, workers: int | None) -> Iterator[Run]:
-    """The trainings as they end, a process a core, each with one thread: faster than one training on all cores."""
+def _run_all(todo: Sequence[Job], console: Console) -> Iterator[Run]:
+    """The jobs as they end, a process a core, each with one thread: faster than one job on all cores."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("training", total=len(todo))
-        for run in _in_processes(todo, workers or os.cpu_count() or 1):
+        for run in _in_processes(todo, os.cpu_count() or 1):
             progress.update(task, advance=1, description=f"{run.job.label}, width {run.job.sizes.width}")
             yield run
 
 
 def _in_processes(todo: Sequence[Job], workers: int) -> Iterator[Run]:
-    longest_first = sorted(todo, key=lambda job: -job.sizes.macs)  # so that no core idles at the end
+    longest_first = sorted(todo, key=lambda job: -job.budget)  # so that no core idles at the end
     with multiprocessing.get_context("spawn").Pool(workers, initializer=_prepare_worker) as pool:
         yield from pool.imap_unordered(run_job, longest_first)
 
@@ -195,28 +214,8 @@ def _show_products(backend: str, size: int, seed: int, console: Console) -> list
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:
-    """Means over seeds, by budget and then in the order of `STRUCTURES`."""
-    groups: dict[tuple[int, str, int], list[Run]] = {}
-    for run in runs:
-        groups.setdefault((run.job.budget, run.job.label, run.job.sizes.width), []).append(run)
-    summaries = []
-    for (budget, label, width), group in groups.items():
-        sizes, losses = group[0].job.sizes, [run.result.train_loss for run in group]
-        summaries.append(
-            Summary(
-                budget=budget,
-                label=label,
-                width=width,
-                num_params=sizes.num_params,
-                macs=sizes.macs,
-                train_loss=statistics.mean(losses),
-                train_loss_std=statistics.stdev(losses) if len(losses) > 1 else 0.0,
-                accuracy=statistics.mean(run.result.accuracy for run in group),
-                seconds=statistics.mean(run.seconds for run in group),
-                seeds=len(group),
-            )
-        )
-    return sorted(summaries, key=lambda row: (row.budget, _order(row.label)))
+    """The summaries by budget and then in the order of `STRUCTURES`."""
+    return sorted((run.summary for run in runs), key=lambda row: (row.budget, _order(row.label)))
 
 
 def _order(label: str) -> int:
@@ -256,11 +255,11 @@ def _data(products: Sequence[ProductRow], runs: Sequence[Run], todo: Sequence[Jo
                 "budget": run.job.budget,
                 "label": run.job.label,
                 "width": run.job.sizes.width,
-                "seed": run.job.seed,
-                "seconds": run.seconds,
-                **asdict(run.result),
+                "seed": seed,
+                **asdict(result),
             }
-            for run in sorted(runs, key=lambda run: (run.job.budget, _order(run.job.label), run.job.seed))
+            for run in sorted(runs, key=lambda run: (run.job.budget, _order(run.job.label)))
+            for seed, result in zip(run.job.seeds, run.results, strict=True)
         ],
     }
 
@@ -280,8 +279,8 @@ def curves(runs: Sequence[Run]) -> Any:
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
         for label in sorted({run.job.label for run in runs if run.job.budget == budget}, key=_order):
-            losses = [run.result.losses for run in runs if (run.job.budget, run.job.label) == (budget, label)]
-            mean = [statistics.mean(values) for values in zip(*losses, strict=True)]
+            (run,) = (run for run in runs if (run.job.budget, run.job.label) == (budget, label))
+            mean = [statistics.mean(losses) for losses in zip(*(r.losses for r in run.results), strict=True)]
             panel.plot(range(1, len(mean) + 1), mean, **_style(label))
         panel.set(yscale="log", xlabel="epoch", title=f"at the {budget / 1000:,.0f}k MACs of dense")
         panel.grid(alpha=0.3)

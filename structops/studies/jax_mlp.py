@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,15 +50,16 @@ class JaxMLP(nnx.Module):
         return self.head(self.norm(h))
 
 
-def train(sizes: MLP, recipe: Recipe, data: Split, seed: int) -> Result:
-    """Train one network from a seed."""
-    model = JaxMLP(sizes, nnx.Rngs(seed))
-    schedule = optax.cosine_decay_schedule(recipe.lr, recipe.steps(data))
+def train(sizes: MLP, recipe: Recipe, data: Split, seeds: Sequence[int]) -> list[Result]:
+    """Train a network from every seed, all at once: compiled once, and mapped over the seeds."""
+    models = [JaxMLP(sizes, nnx.Rngs(seed)) for seed in seeds]
     base = nnx.eval_shape(lambda: JaxMLP(MLP("dense", recipe.base_width, sizes.depth), nnx.Rngs(0)))
-    scaling = scale_by_mup(model, base=base, structure_aware=recipe.structure_aware)
+    scaling = scale_by_mup(models[0], base=base, structure_aware=recipe.structure_aware)
+    schedule = optax.cosine_decay_schedule(recipe.lr, recipe.steps(data))
     transform = optax.chain(optax.adamw(schedule, weight_decay=0.0), scaling)
-    graph, params = nnx.split(model)
-    state = (params, transform.init(params))
+    graph = nnx.graphdef(models[0])
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(model) for model in models))
+    state = (params, jax.vmap(transform.init)(params))
 
     def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(x)
@@ -69,10 +71,12 @@ def train(sizes: MLP, recipe: Recipe, data: Split, seed: int) -> Result:
         update, memory = transform.update(gradient, memory, params)
         return (optax.apply_updates(params, update), memory), loss
 
-    run_epoch = jax.jit(lambda state, batches: jax.lax.scan(step, state, batches))
+    run_epoch = jax.jit(jax.vmap(lambda state, batches: jax.lax.scan(step, state, batches)))
     losses = []
-    for images, labels in epochs(data, recipe, seed):
-        state, epoch = run_epoch(state, (jnp.asarray(images), jnp.asarray(labels)))
-        losses.append(float(epoch.mean()))
-    guess = nnx.merge(graph, state[0])(jnp.asarray(data.test_x)).argmax(-1)
-    return Result(losses, float(np.mean(np.asarray(guess) == data.test_y)))
+    for per_seed in zip(*(epochs(data, recipe, seed) for seed in seeds), strict=True):
+        images, labels = (jnp.asarray(np.stack(arrays)) for arrays in zip(*per_seed, strict=True))
+        state, epoch = run_epoch(state, (images, labels))
+        losses.append(np.asarray(epoch.mean(axis=1)))
+    logits = jax.vmap(lambda params: nnx.merge(graph, params)(jnp.asarray(data.test_x)))(state[0])
+    hits = np.asarray(logits.argmax(-1)) == data.test_y
+    return [Result([float(epoch[k]) for epoch in losses], float(np.mean(hits[k]))) for k in range(len(seeds))]

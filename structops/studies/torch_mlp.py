@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,8 +51,12 @@ class TorchMLP(nn.Module):
         return self.head(self.norm(h))
 
 
-def train(sizes: MLP, recipe: Recipe, data: Split, seed: int) -> Result:
-    """Train one network from a seed."""
+def train(sizes: MLP, recipe: Recipe, data: Split, seeds: Sequence[int]) -> list[Result]:
+    """Train a network from every seed, one after the other."""
+    return [_train(sizes, recipe, data, seed) for seed in seeds]
+
+
+def _train(sizes: MLP, recipe: Recipe, data: Split, seed: int) -> Result:
     model = TorchMLP(sizes, torch.Generator().manual_seed(seed))
     with torch.device("meta"):
         base = TorchMLP(MLP("dense", recipe.base_width, sizes.depth))

@@ -78,7 +78,8 @@ class StructuredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``A x + bias`` for x of shape (..., in_features)."""
         y = self.plan.apply(list(self.factors), x)
-        return y if self.bias is None else y + self.bias
+        # Under autocast the product is of lower precision than the bias, and so is the result, as in nn.Linear.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def operator(self) -> object:
         """The weight as an operator of shape (out_features, in_features) that views the parameters."""

@@ -1,0 +1,5 @@
+"""``python -m structops``: the same as ``structops``."""
+
+from structops.cli import main
+
+main()
