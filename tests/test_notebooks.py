@@ -29,7 +29,8 @@ def code_cells(notebook: Any) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own packages
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, backend: str) -> None:
+def test_it_runs(path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # most of the time in JAX is compiling
     notebook = read(path)
     choices = [cell for cell in code_cells(notebook) if CHOICE.search(cell.source)]
     assert len(choices) == 1, "one cell chooses the library"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import markdown_examples
@@ -76,6 +77,13 @@ def test_links_point_to_files() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link.partition("#")[0]).is_file()] == []
+
+
+def test_the_extras_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = re.findall(r'pip install "\.\[(\w+)\]"', TEXT)
+    assert named == ["torch", "jax", "all"]
+    assert set(named) <= set(extras)
 
 
 def test_it_fits_two_screens() -> None:
