@@ -52,14 +52,18 @@ class JaxMLP(nnx.Module):
 
 def train(sizes: MLP, recipe: Recipe, data: Split, seeds: Sequence[int]) -> list[Result]:
     """Train a network from every seed, all at once: compiled once, and mapped over the seeds."""
-    models = [JaxMLP(sizes, nnx.Rngs(seed)) for seed in seeds]
-    base = nnx.eval_shape(lambda: JaxMLP(MLP("dense", recipe.base_width, sizes.depth), nnx.Rngs(0)))
-    scaling = scale_by_mup(models[0], base=base, structure_aware=recipe.structure_aware)
+    model, base = (
+        nnx.eval_shape(lambda shape=shape: JaxMLP(shape, nnx.Rngs(0)))  # type: ignore[misc]
+        for shape in (sizes, MLP("dense", recipe.base_width, sizes.depth))
+    )
+    graph = nnx.graphdef(model)
+    scaling = scale_by_mup(model, base=base, structure_aware=recipe.structure_aware)
     schedule = optax.cosine_decay_schedule(recipe.lr, recipe.steps(data))
     transform = optax.chain(optax.adamw(schedule, weight_decay=0.0), scaling)
-    graph = nnx.graphdef(models[0])
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(model) for model in models))
-    state = (params, jax.vmap(transform.init)(params))
+
+    def start(key: jax.Array) -> Any:
+        params = nnx.state(JaxMLP(sizes, nnx.Rngs(key)))
+        return params, transform.init(params)
 
     def loss_of(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(x)
@@ -71,12 +75,17 @@ def train(sizes: MLP, recipe: Recipe, data: Split, seeds: Sequence[int]) -> list
         update, memory = transform.update(gradient, memory, params)
         return (optax.apply_updates(params, update), memory), loss
 
+    def classify(state: Any) -> jax.Array:
+        return nnx.merge(graph, state[0])(jnp.asarray(data.test_x)).argmax(-1)
+
+    # Everything is compiled: op by op, each new shape would be compiled by itself.
+    state = jax.jit(jax.vmap(start))(jnp.stack([jax.random.key(seed) for seed in seeds]))
     run_epoch = jax.jit(jax.vmap(lambda state, batches: jax.lax.scan(step, state, batches)))
     losses = []
     for per_seed in zip(*(epochs(data, recipe, seed) for seed in seeds), strict=True):
         images, labels = (jnp.asarray(np.stack(arrays)) for arrays in zip(*per_seed, strict=True))
         state, epoch = run_epoch(state, (images, labels))
-        losses.append(np.asarray(epoch.mean(axis=1)))
-    logits = jax.vmap(lambda params: nnx.merge(graph, params)(jnp.asarray(data.test_x)))(state[0])
-    hits = np.asarray(logits.argmax(-1)) == data.test_y
+        losses.append(np.asarray(epoch).mean(axis=1))
+    guesses = jax.jit(jax.vmap(classify))(state)
+    hits = np.asarray(guesses) == data.test_y
     return [Result([float(epoch[k]) for epoch in losses], float(np.mean(hits[k]))) for k in range(len(seeds))]

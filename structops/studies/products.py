@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from structops.errors import StructureWarning
 from structops.sampling import draw
-from structops.spec import Plan, registry, structure
+from structops.spec import registry, structure
 
 SPECS = {"tt": "tt(rank=4)"}  # where the default arguments would repeat another row
 
@@ -47,10 +47,10 @@ def product_rows(size: int, tokens: int, backend: str, seed: int) -> Iterator[Pr
             plan = spec.plan(size, size)
         factors = draw(plan, **_seed(backend, seed))
         x = _normal((tokens, size), backend, seed + 1)
-        exact = x @ plan.operator(factors).to_dense().T
-        run = _function(plan, factors, backend)
-        error = float(((run(x) - exact) ** 2).sum() ** 0.5 / (exact**2).sum() ** 0.5)
-        seconds = _median_time(lambda run=run, x=x: run(x))  # type: ignore[misc]
+        exact = _compiled(lambda factors, x, plan=plan: x @ plan.operator(factors).to_dense().T, backend)(factors, x)
+        run = _compiled(plan.apply, backend)
+        error = float(((run(factors, x) - exact) ** 2).sum() ** 0.5 / (exact**2).sum() ** 0.5)
+        seconds = _median_time(run, factors, x)
         yield ProductRow(str(spec), plan.num_params, plan.macs, plan.macs / size**2, error, 1e6 * seconds)
 
 
@@ -74,21 +74,21 @@ def _normal(shape: tuple[int, ...], backend: str, seed: int) -> Any:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def _function(plan: Plan, factors: Sequence[Any], backend: str) -> Callable[[Any], Any]:
-    """The product as a layer computes it, waiting for its result: in JAX under jit."""
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """The function as users run it, waiting for its result: in JAX under jit."""
     if backend == "torch":
-        return lambda x: plan.apply(factors, x)
+        return function
     import jax
 
-    compiled = jax.jit(plan.apply)
-    return lambda x: compiled(factors, x).block_until_ready()
+    compiled = jax.jit(function)
+    return lambda *arguments: compiled(*arguments).block_until_ready()
 
 
-def _median_time(run: Callable[[], Any], repeats: int = 15) -> float:
+def _median_time(run: Callable[..., Any], *arguments: Any, repeats: int = 15) -> float:
     """Median seconds of a call, after two that are not counted."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        run()
+        run(*arguments)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

@@ -1,0 +1,1 @@
+"""The experiments of the paper as commands: models, data, trainings, tables and plots."""
