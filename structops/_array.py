@@ -30,11 +30,16 @@ def backend_of(x: Array) -> str:
         return "torch"
     if jax is not None and isinstance(x, jax.Array):
         return "jax"
-    if module == "numpy":
-        raise BackendError(
+    raise foreign(x)
+
+
+def foreign(x: object) -> BackendError:
+    """The error for what is no torch or JAX array; for a numpy array it names the two conversions."""
+    if type(x).__module__.partition(".")[0] == "numpy":
+        return BackendError(
             "expected a torch or JAX array, got a numpy array; convert it with torch.from_numpy(x) or jnp.asarray(x)"
         )
-    raise BackendError(f"expected a torch or JAX array, got {type(x).__module__}.{type(x).__qualname__}")
+    return BackendError(f"expected a torch or JAX array, got {type(x).__module__}.{type(x).__qualname__}")
 
 
 def is_array(x: object) -> bool:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Number
 from types import ModuleType
 from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from structops import _array, _cola
 from structops._array import Array, Dtype
@@ -126,11 +128,15 @@ class StructuredOperator(LinearOperator):
             dtype: A floating or complex dtype.
 
         Raises:
-            BackendError: The dtype would drop an imaginary part.
+            BackendError: The dtype is not floating, or would drop an imaginary part.
         """
-        if device is not None and dtype is None and _is_dtype(device):
+        if device is not None and dtype is None and _array.is_floating(device):
             device, dtype = None, device
+        if dtype is not None and not _array.is_floating(dtype):
+            raise BackendError(f"the entries of an operator have a floating or complex dtype, got {dtype}")
+        return self._converted(device, dtype)
 
+    def _converted(self, device: Any, dtype: Dtype) -> Self:
         def convert(part: Any) -> Any:
             if isinstance(part, StructuredOperator):
                 return part.to(device, dtype)
@@ -167,11 +173,11 @@ class StructuredOperator(LinearOperator):
 
     def __matmul__(self, X: Any) -> Any:
         """``A @ X`` for an operator, a vector (in_features,) or a matrix (in_features, k)."""
+        self._check_library(X)
         if isinstance(X, LinearOperator):
             if X.shape[0] != self.shape[1]:
                 raise ShapeError(_mismatch(self, X))
             return _cola.dot(self, X)
-        self._check_library(X)
         if X.ndim not in (1, 2):
             raise ShapeError(
                 f"A @ X takes X of shape ({self.shape[1]},) or ({self.shape[1]}, k), got {tuple(X.shape)}; "
@@ -183,21 +189,31 @@ class StructuredOperator(LinearOperator):
 
     def __rmatmul__(self, X: Any) -> Any:
         """``X @ A`` for an operator or an array of shape (..., out_features)."""
+        self._check_library(X)
         if isinstance(X, LinearOperator):
             if X.shape[1] != self.shape[0]:
                 raise ShapeError(_mismatch(X, self))
             return _cola.dot(X, self)
-        self._check_library(X)
         if X.ndim < 1 or X.shape[-1] != self.shape[0]:
             raise ShapeError(
                 f"X @ A: A is {self!r}, so the last axis of X must be {self.shape[0]}, got shape {tuple(X.shape)}"
             )
         return self._rmatmat(X)
 
+    def __add__(self, other: Any) -> Any:
+        """``A + B`` for an operator or a matrix of the same shape, lazily; ``A + 0`` is A, so that ``sum`` works."""
+        if isinstance(other, Number) and other == 0:
+            return self
+        self._check_library(other)
+        if tuple(other.shape) != self.shape:
+            raise ShapeError(f"cannot add {self!r} and a matrix of shape {tuple(other.shape)}")
+        return _cola.add(self, other)
+
     def _check_library(self, X: Any) -> None:
-        mine, theirs = _array.backend_of(self.arrays_flat()[0]), _array.backend_of(X)
-        if mine != theirs:
-            raise BackendError(f"A holds {mine} arrays and X is a {theirs} array; convert one of them")
+        theirs = X.xnp if isinstance(X, LinearOperator) else _cola.backend_functions(_array.backend_of(X))
+        if theirs is not self.xnp:
+            mine, other = (xnp.__name__.rpartition(".")[2].removesuffix("_fns") for xnp in (self.xnp, theirs))
+            raise BackendError(f"{self!r} holds {mine} arrays, the other side {other} arrays; convert one of them")
 
     def __getitem__(self, ids: Any) -> Any:
         """``A[i]``, ``A[i, :]``, ``A[:, j]``, ``A[i, j]`` as arrays; slices as a lazy CoLA ``Sliced``."""
@@ -352,23 +368,18 @@ def check_arrays(what: str, arrays: Sequence[Array]) -> None:
         raise BackendError(f"{what}: expected arrays of one library, got {' and '.join(sorted(backends))}")
 
 
-def check_axes(what: str, array: Array, axes: str) -> None:
-    """``array`` has the axes that are named, such as ``"(rank, in)"``.
+def check_axes(what: str, array: Array, *axes: str) -> None:
+    """``array`` has the axes that are named, such as ``"(rank, in)"``, in one of several ways, and is not empty.
 
     Raises:
-        ShapeError: It has another number of axes.
+        ShapeError: It has another number of axes, or one of size 0.
     """
-    if array.ndim != axes.count(",") + 1:
-        raise ShapeError(f"{what} must have shape {axes}, got {tuple(array.shape)}")
+    if array.ndim not in [names.count(",") + 1 for names in axes] or 0 in array.shape:
+        raise ShapeError(f"{what} must have shape {' or '.join(axes)} of sizes from 1 on, got {tuple(array.shape)}")
 
 
 def _mismatch(left: LinearOperator, right: LinearOperator) -> str:
     return f"cannot multiply {left!r} by {right!r}: {left.shape[1]} columns against {right.shape[0]} rows"
-
-
-def _is_dtype(x: Any) -> bool:
-    name = str(x)
-    return "float" in name or "complex" in name
 
 
 def _flat(items: Any) -> Any:
@@ -401,3 +412,15 @@ def transpose_structured(A: StructuredOperator) -> LinearOperator:
 def adjoint_structured(A: StructuredOperator) -> LinearOperator:
     """The adjoint of every structure is that structure again."""
     return A.H
+
+
+@_cola.kron.dispatch
+def kron_left_numpy(A: np.ndarray, B: StructuredOperator) -> LinearOperator:
+    """CoLA would make it a JAX array."""
+    raise _array.foreign(A)
+
+
+@_cola.kron.dispatch
+def kron_right_numpy(A: StructuredOperator, B: np.ndarray) -> LinearOperator:
+    """CoLA would make it a JAX array."""
+    raise _array.foreign(B)

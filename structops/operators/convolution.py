@@ -13,7 +13,7 @@ from structops.algebra.counting import factors
 from structops.chain import Factor
 from structops.errors import ShapeError, StructureError
 from structops.modes import nearest_multiples
-from structops.operator import StructuredOperator, check_arrays
+from structops.operator import StructuredOperator, check_arrays, check_axes
 from structops.spec import FunctionPlan, Plan, Structure, register
 
 Padding = Literal["valid", "same", "circular"]
@@ -137,11 +137,7 @@ class Convolution(StructuredOperator):
 
     def __init__(self, kernel: Array, spatial_shape: int | Sequence[int], padding: Padding = "valid") -> None:
         check_arrays("Convolution", [kernel])
-        if kernel.ndim not in (3, 4):
-            raise ShapeError(
-                "Convolution: kernel must have shape (C_out, C_in, *taps) with 1 or 2 tap axes, "
-                f"got {tuple(kernel.shape)}"
-            )
+        check_axes("Convolution: kernel", kernel, "(C_out, C_in, taps)", "(C_out, C_in, taps, taps)")
         spatial = _spatial(spatial_shape)
         self.stored_kernel, self.is_transposed = kernel, False
         self.geometry = Geometry.of(tuple(kernel.shape[2:]), spatial, padding)

@@ -82,12 +82,10 @@ class Permutation(StructuredOperator, _cola.Permutation):
         """Itself: the entries are 0 and 1."""
         return self
 
-    def to(self, device: Any = None, dtype: Dtype = None) -> Self:
-        """The operator on another device or of another dtype; the indices keep theirs."""
-        if device is not None and dtype is None and _array.is_floating(device):
-            device, dtype = None, device
-        perm = self.perm if device is None else _array.move(self.perm, device)
-        return self.tree_unflatten(((dtype or self._dtype,), frozenset()), (perm,))
+    def _converted(self, device: Any, dtype: Dtype) -> Self:
+        result = super()._converted(device, dtype)  # the indices keep their dtype
+        result._dtype = self._dtype if dtype is None else dtype
+        return result
 
     def parameter_counts(self) -> dict[int, int]:
         """No parameters."""
