@@ -80,7 +80,7 @@ def product(matrices: Sequence[Matrix], rows: int, cols: int) -> Matrix:
 def from_indices(indices: Sequence[Sequence[int]], count: int) -> Matrix:
     """A matrix whose cell holds the number of its parameter, from 1 on; 0 is an empty cell."""
     filled = {(i, j): k for i, row in enumerate(indices) for j, k in enumerate(row) if k}
-    cells = {at: ((k - 1) / count if count > 1 else 0.0, 0.55 + 0.45 * (k % 2)) for at, k in filled.items()}
+    cells = {at: ((k - 1) / count if count > 1 else 0.0, 0.8) for at, k in filled.items()}
     return Matrix(len(indices), len(indices[0]), cells, "A")
 
 

@@ -37,6 +37,7 @@ def test_the_code_of_a_page_runs(path: Path) -> None:
     markdown_examples.run(path)
 
 
+@pytest.mark.torch
 def test_every_written_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"[\w/]+\.(?:md|ipynb)", navigation))
