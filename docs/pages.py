@@ -111,8 +111,8 @@ def structure_page(name: str) -> str:
         argument_table(spec),
         "## Sizes",
         "Parameters and multiply-accumulates (MACs) per vector, and their share of those of the dense matrix.",
-        "*Between* is the number of values per vector that one factor hands to the next, *rank* the bound on the matrix "
-        "rank that the sizes set."
+        "*Between* is the number of values per vector that one factor hands to the next, *rank* the bound on the "
+        "matrix rank that the sizes set."
         if isinstance(plan_of(shown(operator)[0], 16, 16), ChainPlan)
         else "",
         *(size_table(text) for text in texts),
