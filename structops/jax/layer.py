@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from structops.mup import init_stds
+from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
 
 
@@ -73,7 +74,7 @@ class StructuredLinear(nnx.Module):
         y = self.plan.apply([factor[...] for factor in self.factors], x)
         return y if self.bias is None else y + self.bias[...]
 
-    def operator(self) -> Any:
+    def operator(self) -> StructuredOperator:
         """The weight as an operator of shape (out_features, in_features)."""
         return self.plan.operator([factor[...] for factor in self.factors])
 

@@ -113,7 +113,7 @@ class Convolution(StructuredOperator):
         ShapeError: The axes do not fit, the window exceeds the input, or the padding is unknown.
         BackendError: ``kernel`` is no torch or JAX array.
 
-    **Shapes.** ``A @ X``: (C_in * prod spatial,) or (..., k); ``X @ A``: (..., C_out * prod out_spatial).
+    **Shapes.** ``A @ X``: (in,) or (in, k) with in = C_in * prod spatial; ``X @ A``: (..., C_out * prod out_spatial).
 
     **Cost.** C_out * C_in * taps parameters; MACs per vector: that times the output positions (products with padding
     count, as in torch's counter).

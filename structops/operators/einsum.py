@@ -91,8 +91,7 @@ class Einsum(ChainOperator):
                 next three ``out_features``, and rho is that of the rank, ``min(in, out) ** rho``.
             in_features: Size of the input.
             out_features: Size of the output.
-            order: ``"cheapest"`` (fewer MACs; factor A first if equal), ``"a"`` or ``"b"``: which factor is applied
-            first.
+            order: ``"cheapest"`` (fewer MACs; A if equal), ``"a"`` or ``"b"``: which factor is applied first.
 
         Returns:
             A chain, padded where the rounded sizes exceed the true ones; its pattern says which order was taken.

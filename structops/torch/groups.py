@@ -44,7 +44,7 @@ def param_groups(
         Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, sorted and merged by the last two.
 
     Raises:
-        StructureError: No rule for the optimiser, or the base model lacks a layer.
+        StructureError: No rule for the optimiser, or the base model lacks a layer, or ``model`` is no module.
 
     Example:
         >>> import torch
@@ -54,6 +54,10 @@ def param_groups(
     """
     if plan is not None:
         raise StructureError("param_groups derives its numbers from the model; leave plan=None")
+    if not isinstance(model, nn.Module):
+        raise StructureError(
+            f"expected the module, whose layers say what each parameter is; got {type(model).__name__}"
+        )
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for parameter, lr_scale, decay in _rows(model, optimizer, base, weight_decay, structure_aware):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from structops.mup import init_stds
+from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
 
 
@@ -81,7 +82,7 @@ class StructuredLinear(nn.Module):
         # Under autocast the product is of lower precision than the bias, and so is the result, as in nn.Linear.
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def operator(self) -> object:
+    def operator(self) -> StructuredOperator:
         """The weight as an operator of shape (out_features, in_features) that views the parameters."""
         return self.plan.operator(list(self.factors))
 
