@@ -12,6 +12,7 @@ import types
 import warnings
 from typing import Any
 
+from structops import _array
 from structops import _plum as _guard  # noqa: F401  first, because the wrong plum makes the import of CoLA fail obscurely
 
 with warnings.catch_warnings():
@@ -22,6 +23,7 @@ with warnings.catch_warnings():
     import plum
     from cola import PSD, SelfAdjoint, Stiefel, Unitary, kron, lazify
     from cola.fns import add, adjoint, dot, mul, transpose
+    from cola.linalg import Algorithm
     from cola.ops import (
         FFT,
         Adjoint,
@@ -157,6 +159,73 @@ def _dtype_lookup() -> None:
             module.get_library_fns = get_library_fns  # type: ignore[attr-defined]
 
 
+def _declared_leaves() -> None:
+    """The first instance of a class decides which of its attributes are leaves, for all that follow.
+
+    One operator of a numpy array, of constants alone, or of an identity would hide the arrays of all later ones of its
+    class from gradients, ``jit`` and ``to``.
+    """
+    leaves = {
+        "A": (Dense, Triangular, Transpose, Adjoint, Sliced),
+        "Ms": (Product, Sum, Kronecker, KronSum, BlockDiag, Concatenated),
+        "c": (ScalarMul,),
+        "diag": (Diagonal,),
+        "perm": (Permutation,),
+        "vec": (Householder,),
+        "alpha": (Tridiagonal,),
+        "beta": (Tridiagonal, Householder),
+        "gamma": (Tridiagonal,),
+    }
+    for name, classes in leaves.items():
+        for cls in classes:
+            cls._dynamic[name] = True
+
+
+def _determinants() -> None:
+    """``slogdet`` takes every permutation for even, so that half of all signs are wrong, and log|c| for that of c I."""
+    slogdet = cola.linalg.slogdet.__wrapped__
+
+    @slogdet.dispatch(precedence=1)
+    def slogdet_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm) -> Any:
+        position = A.xnp.sort(A.perm)
+        before = (position[:, None] < position[None, :]) & (A.perm[:, None] > A.perm[None, :])
+        zero = A.xnp.array(0.0, dtype=A.dtype, device=A.device)
+        return 1 - 2 * (before.sum() % 2) + zero, zero
+
+    @slogdet.dispatch(precedence=1)
+    def slogdet_scalar(A: ScalarMul, log_alg: Algorithm, trace_alg: Algorithm) -> Any:
+        size = A.xnp.abs(A.c)
+        return (A.c / size) ** A.shape[0], A.shape[0] * A.xnp.log(size)
+
+
+def _scalar_products() -> None:
+    """``c * A`` copies a tensor c, so that no gradient reaches it, and fails where c is complex and A real."""
+    stock = ScalarMul.__init__
+
+    def init(self: Any, c: Any, shape: tuple[int, int], dtype: Any = None, device: Any = None) -> None:
+        is_array = _array.is_array(c)
+        if dtype is not None and (_array.is_complex(c.dtype) if is_array else isinstance(c, complex)):
+            xnp = cola.backends.get_library_fns(dtype)
+            dtype = xnp.promote_types(dtype, xnp.complex64)
+        if is_array:
+            LinearOperator.__init__(self, dtype or c.dtype, shape)
+            self.c, self.device = _array.cast(c, self.dtype), device
+        else:
+            stock(self, c, shape, dtype, device)
+
+    ScalarMul.__init__ = init  # type: ignore[method-assign]
+
+
+def _torch_functions() -> None:
+    """``torch.kron`` refuses matrices that are not contiguous, such as those of transposes."""
+    try:
+        import cola.backends.torch_fns as torch_fns
+    except ImportError:
+        return
+    kron = torch_fns.torch.kron
+    torch_fns.kron = lambda A, B: kron(A.contiguous(), B.contiguous())
+
+
 def _jax_functions() -> None:
     """JAX renamed ``clip``'s bounds; and CoLA asserts that JAX has exactly one device."""
     try:
@@ -177,6 +246,10 @@ REPAIRS = (
     _quiet_log,
     _identity_and_kronecker_rules,
     _dtype_lookup,
+    _declared_leaves,
+    _determinants,
+    _scalar_products,
+    _torch_functions,
     _jax_functions,
 )
 
