@@ -243,6 +243,11 @@ class Chain:
         return self.macs / self.in_features
 
     @property
+    def stored_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Shape of every factor as layers keep it, ``(blocks, fan_out, fan_in)``."""
+        return tuple(factor.stored_shape for factor in self.factors)
+
+    @property
     def intermediate_widths(self) -> tuple[int, ...]:
         """Numbers per token between one factor and the next; one fewer than there are factors."""
         return tuple(f.blocks * f.fan_out * f.sharing for f in self.factors[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from structops._array import Array, backend_of, pad, permute
 from structops.chain import Chain
@@ -34,11 +35,7 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
     Cost:
         ``chain.macs`` multiply-accumulates per vector, ``chain.saved_activations`` numbers per vector kept by autograd.
     """
-    if not all(hasattr(array, "permute") for array in (x, *factors)):  # else all are torch's, and may be being compiled
-        _check_libraries(x, *factors)
-    if x.shape[-1:] != (chain.in_features,):
-        raise ShapeError(f"expected x of shape (..., {chain.in_features}) for {chain}, got {tuple(x.shape)}")
-    _check_stored(chain, factors)
+    check_product(chain, factors, x)
     lead = x.shape[:-1]
     if chain.padded_in != chain.in_features:
         x = pad(x, [(0, chain.padded_in - chain.in_features)])
@@ -82,24 +79,33 @@ def unstore(chain: Chain, factors: Sequence[Array]) -> tuple[Array, ...]:
     return tuple(arrays)
 
 
-def _check_libraries(*arrays: Array) -> None:
-    backends = {backend_of(array) for array in arrays}
-    if len(backends) > 1:
-        raise BackendError(f"expected x and factors of one library, got {' and '.join(sorted(backends))}")
+def check_product(matrix: Any, factors: Sequence[Array], x: Array) -> None:
+    """Stored factors and x fit a chain, or anything else with ``in_features``, ``factors`` and ``stored_shapes``.
+
+    Raises:
+        ShapeError: The last axis of x, the number of factors or the shape of one is wrong.
+        BackendError: numpy arrays, other objects, or arrays of two libraries.
+    """
+    if not all(hasattr(array, "permute") for array in (x, *factors)):  # else all are torch's, and may be being compiled
+        backends = {backend_of(array) for array in (x, *factors)}
+        if len(backends) > 1:
+            raise BackendError(f"expected x and factors of one library, got {' and '.join(sorted(backends))}")
+    if x.shape[-1:] != (matrix.in_features,):
+        raise ShapeError(f"expected x of shape (..., {matrix.in_features}) for {matrix}, got {tuple(x.shape)}")
+    _check_stored(matrix, factors)
 
 
-def _check_count(chain: Chain, arrays: Sequence[Array]) -> None:
-    if len(arrays) != len(chain.factors):
-        raise ShapeError(f"expected {len(chain.factors)} factors for {chain}, got {len(arrays)}")
+def _check_count(matrix: Any, arrays: Sequence[Array]) -> None:
+    if len(arrays) != len(matrix.factors):
+        raise ShapeError(f"expected {len(matrix.factors)} factors for {matrix}, got {len(arrays)}")
 
 
-def _check_stored(chain: Chain, factors: Sequence[Array]) -> None:
+def _check_stored(matrix: Any, factors: Sequence[Array]) -> None:
     """As many numbers in another order would give a wrong product without a word."""
-    _check_count(chain, factors)
-    for factor, array in zip(chain.factors, factors, strict=True):
-        wanted = factor.stored_shape
+    _check_count(matrix, factors)
+    for factor, wanted, array in zip(matrix.factors, matrix.stored_shapes, factors, strict=True):
         if array.shape != wanted and [n for n in array.shape if n != 1] != [n for n in wanted if n != 1]:
             raise ShapeError(
-                f"factor {factor.name} of {chain} is stored as (blocks, fan_out, fan_in) = {wanted}, "
+                f"factor {factor.name} of {matrix} is stored as (blocks, fan_out, fan_in) = {wanted}, "
                 f"got {tuple(array.shape)}"
             )

@@ -11,11 +11,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
 
 from structops._array import Array
 from structops.chain import Chain, Factor
-from structops.contract import contract
+from structops.contract import check_product, contract
 from structops.errors import StructureError, StructureWarning
 
 
@@ -78,7 +81,7 @@ class ChainPlan:
     @property
     def stored_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Shape of every stored factor, ``(blocks, fan_out, fan_in)``."""
-        return tuple(factor.stored_shape for factor in self.factors)
+        return self.chain.stored_shapes
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:
         """The product with ``x`` on its last axis; see `structops.contract`."""
@@ -91,15 +94,16 @@ class ChainPlan:
 
 @dataclass(frozen=True)
 class FunctionPlan:
-    """The plan of a structure that is no chain: sizes, and the two functions that use its stored arrays."""
+    """The plan of a structure that is no chain: its sizes.
+
+    A subclass adds what else it needs to know, and writes ``product`` and ``operator``, which use the stored arrays.
+    """
 
     in_features: int
     out_features: int
-    factors: tuple[Factor, ...]
+    factors: tuple[Factor, ...] = field(repr=False)
     macs: int
     stored_shapes: tuple[tuple[int, int, int], ...]
-    function: Callable[[Sequence[Array], Array], Array] = field(repr=False)
-    build: Callable[[Sequence[Array]], Any] = field(repr=False)
 
     @property
     def num_params(self) -> int:
@@ -107,12 +111,22 @@ class FunctionPlan:
         return sum(factor.num_params for factor in self.factors)
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:
-        """The product with ``x`` on its last axis."""
-        return self.function(factors, x)
+        """The product with ``x`` on its last axis.
+
+        Raises:
+            ShapeError: The factors or x do not have the sizes of the plan.
+            BackendError: numpy arrays, other objects, or arrays of two libraries.
+        """
+        check_product(self, factors, x)
+        return self.product(factors, x)
+
+    def product(self, factors: Sequence[Array], x: Array) -> Array:
+        """The product with ``x`` on its last axis, when all sizes fit."""
+        raise NotImplementedError
 
     def operator(self, factors: Sequence[Array]) -> Any:
         """The operator that views these factors."""
-        return self.build(factors)
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -211,11 +225,13 @@ def _checked(cls: type[Structure], arguments: Mapping[str, Any]) -> dict[str, An
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, as JSON gives them, become tuples, so that a spec can be hashed."""
+    """Lists, as JSON gives them, become tuples, so that a spec can be hashed and printed."""
+    if isinstance(value, np.generic):
+        return value.item()  # numpy's numbers print and hash in their own ways
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item) for item in value)
     if isinstance(value, Mapping):
-        return tuple(sorted(value.items()))
+        return _frozen(sorted(value.items()))
     return value
 
 
@@ -227,7 +243,10 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise problem
-        return node.func.id, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+        if len(given) < len(node.keywords):
+            raise problem
+        return node.func.id, given
     except (SyntaxError, ValueError, AttributeError) as error:
         if error is problem:
             raise
@@ -235,6 +254,17 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------- checks of arguments
+
+
+def check_sizes(spec: Structure, in_features: Any, out_features: Any) -> None:
+    """The sizes of a layer are positive whole numbers.
+
+    Raises:
+        StructureError: One is not.
+    """
+    for what, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, Integral) or size < 1:
+            raise StructureError(f"{spec}: {what} must be a whole number of at least 1, got {size!r}")
 
 
 def check_count(spec: Structure, name: str, value: Any, least: int = 1) -> None:
@@ -246,7 +276,8 @@ def check_count(spec: Structure, name: str, value: Any, least: int = 1) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        hint = "; a share of the dense parameters is given as params=" if isinstance(value, float) else ""
+        share = isinstance(value, float) and hasattr(spec, "params")
+        hint = "; a share of the dense parameters is given as params=" if share else ""
         raise StructureError(f"{spec.name}: {name} must be a whole number of at least {least}, got {value!r}{hint}")
 
 

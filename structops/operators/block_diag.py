@@ -15,7 +15,7 @@ from structops.errors import ShapeError, StructureError
 from structops.modes import divisors, nearest_multiples
 from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
-from structops.spec import Structure, check_budget, check_count, register
+from structops.spec import Structure, check_budget, check_count, check_sizes, register
 
 
 @cache
@@ -125,6 +125,7 @@ class BlockDiagStructure(Structure):
         Raises:
             StructureError: ``blocks`` does not divide a size, or no common divisor keeps within the budget.
         """
+        check_sizes(self, in_features, out_features)
         common = [d for d in divisors(in_features) if out_features % d == 0]
         if self.params is not None:
             within = [d for d in common if 1 / d <= self.params * (1 + 1e-9)]

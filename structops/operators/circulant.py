@@ -13,7 +13,7 @@ from structops.algebra.counting import factors, macs
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.operator import StructuredOperator, check_arrays, check_axes
-from structops.spec import FunctionPlan, Plan, Structure, register
+from structops.spec import FunctionPlan, Plan, Structure, check_sizes, register
 
 
 def cyclic_convolve(column: Array, x: Array) -> Array:
@@ -126,6 +126,19 @@ def macs_circulant(A: Circulant) -> int:
     return fft_macs(A.shape[0])
 
 
+@dataclass(frozen=True)
+class CirculantPlan(FunctionPlan):
+    """One vector, convolved with x."""
+
+    def product(self, factors: Sequence[Array], x: Array) -> Array:
+        """By FFT."""
+        return cyclic_convolve(factors[0].reshape((self.in_features,)), x)
+
+    def operator(self, factors: Sequence[Array]) -> Circulant:
+        """The operator that views the vector."""
+        return Circulant(factors[0].reshape((self.in_features,)))
+
+
 @register
 @dataclass(frozen=True)
 class CirculantStructure(Structure):
@@ -143,18 +156,11 @@ class CirculantStructure(Structure):
         Raises:
             StructureError: The layer is not square.
         """
+        check_sizes(self, in_features, out_features)
         if in_features != out_features:
             raise StructureError(
                 f"circulant: expected in_features == out_features, got {in_features} and {out_features}; "
                 f"toeplitz takes rectangular sizes"
             )
         n = in_features
-        factor = circulant_factor(n)
-
-        def apply(factors: Sequence[Array], x: Array) -> Array:
-            return cyclic_convolve(factors[0].reshape((n,)), x)
-
-        def build(factors: Sequence[Array]) -> Circulant:
-            return Circulant(factors[0].reshape((n,)))
-
-        return FunctionPlan(n, n, (factor,), fft_macs(n), ((1, 1, n),), apply, build)
+        return CirculantPlan(n, n, (circulant_factor(n),), fft_macs(n), ((1, 1, n),))

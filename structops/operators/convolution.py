@@ -14,7 +14,7 @@ from structops.chain import Factor
 from structops.errors import ShapeError, StructureError
 from structops.modes import nearest_multiples
 from structops.operator import StructuredOperator, check_arrays, check_axes
-from structops.spec import FunctionPlan, Plan, Structure, register
+from structops.spec import FunctionPlan, Plan, Structure, check_count, check_sizes, register
 
 Padding = Literal["valid", "same", "circular"]
 Shape = tuple[int, ...]
@@ -204,6 +204,23 @@ def _spatial(shape: int | Sequence[int]) -> Shape:
     return (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
 
 
+@dataclass(frozen=True)
+class ConvolutionPlan(FunctionPlan):
+    """One kernel, moved over x."""
+
+    geometry: Geometry
+    kernel_shape: Shape
+    padding: Padding
+
+    def product(self, factors: Sequence[Array], x: Array) -> Array:
+        """By the library's convolution."""
+        return correlate(self.geometry, factors[0].reshape(self.kernel_shape), x)
+
+    def operator(self, factors: Sequence[Array]) -> Convolution:
+        """The operator that views the kernel."""
+        return Convolution(factors[0].reshape(self.kernel_shape), self.geometry.spatial, self.padding)
+
+
 @register
 @dataclass(frozen=True)
 class ConvolutionStructure(Structure):
@@ -220,15 +237,41 @@ class ConvolutionStructure(Structure):
     kernel_size: int | Shape = 3
     padding: Padding = "same"
 
+    def __post_init__(self) -> None:
+        """Check the arguments that no size is needed for.
+
+        Raises:
+            StructureError: The padding is unknown, a size is no positive number, or the axes do not fit.
+        """
+        if self.padding not in get_args(Padding):
+            raise StructureError(
+                f"convolution: padding must be one of {', '.join(get_args(Padding))}, got {self.padding!r}"
+            )
+        axes = [sizes if isinstance(sizes, tuple) else (sizes,) for sizes in (self.spatial_shape, self.kernel_size)]
+        for name, sizes in zip(("spatial_shape", "kernel_size"), axes, strict=True):
+            for size in sizes:
+                check_count(self, name, size)
+        fits = len(axes[1]) == len(axes[0]) or not isinstance(self.kernel_size, tuple)
+        if len(axes[0]) not in (1, 2) or not fits:
+            raise StructureError(
+                f"convolution: expected 1 or 2 spatial axes, and a window of as many, "
+                f"got spatial_shape={self.spatial_shape!r} and kernel_size={self.kernel_size!r}"
+            )
+
     def plan(self, in_features: int, out_features: int) -> Plan:
         """One kernel of C_out * C_in * taps parameters.
 
         Raises:
-            StructureError: The sizes are no whole number of channels; the message names the nearest.
+            StructureError: The sizes are no whole number of channels, the message names the nearest; or the window is
+                larger than the input.
         """
+        check_sizes(self, in_features, out_features)
         spatial = _spatial(in_features if self.spatial_shape is None else self.spatial_shape)
         taps = (self.kernel_size,) * len(spatial) if isinstance(self.kernel_size, int) else self.kernel_size
-        geometry = Geometry.of(taps, spatial, self.padding)
+        try:
+            geometry = Geometry.of(taps, spatial, self.padding)
+        except ShapeError as error:
+            raise StructureError(f"{self}: {error}") from error
         channels = []
         for what, size, positions in (("in", in_features, spatial), ("out", out_features, geometry.out_spatial)):
             count, rest = divmod(size, math.prod(positions))
@@ -242,12 +285,7 @@ class ConvolutionStructure(Structure):
         c_in, c_out = channels
         shape = (c_out, c_in, *taps)
         fan_in = c_in * math.prod(taps)
-        factor = kernel_factor(shape, geometry)
-
-        def apply(factors: Sequence[Array], x: Array) -> Array:
-            return correlate(geometry, factors[0].reshape(shape), x)
-
-        def build(factors: Sequence[Array]) -> Convolution:
-            return Convolution(factors[0].reshape(shape), spatial, self.padding)
-
-        return FunctionPlan(in_features, out_features, (factor,), factor.macs, ((1, c_out, fan_in),), apply, build)
+        factor, stored = kernel_factor(shape, geometry), (1, c_out, fan_in)
+        return ConvolutionPlan(
+            in_features, out_features, (factor,), factor.macs, (stored,), geometry, shape, self.padding
+        )

@@ -9,7 +9,7 @@ from structops import _array, _cola
 from structops._array import Array
 from structops.chain import Chain
 from structops.operator import ChainOperator, check_arrays, check_axes
-from structops.spec import Structure, register
+from structops.spec import Structure, check_sizes, register
 
 
 @cache
@@ -68,6 +68,7 @@ class DenseStructure(Structure):
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """One factor of in * out parameters."""
+        check_sizes(self, in_features, out_features)
         return dense_chain(out_features, in_features)
 
     build = staticmethod(Dense.from_factors)

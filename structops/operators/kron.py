@@ -15,7 +15,7 @@ from structops.chain import Chain
 from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
 from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
-from structops.spec import Structure, check_count, register, warn_capped_rank
+from structops.spec import Structure, check_count, check_sizes, register, warn_capped_rank
 
 
 @cache
@@ -123,6 +123,7 @@ class KronStructure(Structure):
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """One factor a mode, the least significant first."""
+        check_sizes(self, in_features, out_features)
         chain = kron_chain(*resolve_modes(self, self.modes, self.num_factors, in_features, out_features))
         warn_capped_rank(self, chain, "choose modes")
         return chain

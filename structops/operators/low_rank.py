@@ -10,7 +10,15 @@ from structops._array import Array
 from structops.chain import Chain
 from structops.errors import ShapeError
 from structops.operator import ChainOperator, check_arrays, check_axes
-from structops.spec import Structure, check_budget, check_count, largest_within, register, warn_wasteful_rank
+from structops.spec import (
+    Structure,
+    check_budget,
+    check_count,
+    check_sizes,
+    largest_within,
+    register,
+    warn_wasteful_rank,
+)
 
 
 @cache
@@ -95,6 +103,7 @@ class LowRankStructure(Structure):
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """Two factors of rank * in and out * rank parameters."""
+        check_sizes(self, in_features, out_features)
         if self.params is not None:
             dense = in_features * out_features
             rank = largest_within(self, self.params, dense, lambda r: r * (in_features + out_features), "rank")

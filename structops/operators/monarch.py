@@ -10,7 +10,7 @@ from structops._array import Array
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.operator import ChainOperator, check_arrays, check_axes
-from structops.spec import Structure, check_budget, check_count, register
+from structops.spec import Structure, check_budget, check_count, check_sizes, register
 
 
 @cache
@@ -135,6 +135,7 @@ class MonarchStructure(Structure):
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """Two factors; the narrower side is the width between them."""
+        check_sizes(self, in_features, out_features)
         if self.params is not None:
             return self._within(self.params, in_features, out_features)
         return self._chain(self.blocks or math.isqrt(in_features - 1) + 1, in_features, out_features)

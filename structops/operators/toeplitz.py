@@ -12,7 +12,7 @@ from structops.algebra.counting import factors, macs
 from structops.chain import Factor
 from structops.operator import StructuredOperator, check_arrays, check_axes
 from structops.operators.circulant import cyclic_convolve, fft_macs
-from structops.spec import FunctionPlan, Plan, Structure, register
+from structops.spec import FunctionPlan, Plan, Structure, check_sizes, register
 
 
 def fast_length(n: int) -> int:
@@ -136,6 +136,24 @@ def macs_toeplitz(A: Toeplitz) -> int:
     return fft_macs(fast_length(sum(A.shape) - 1))
 
 
+@dataclass(frozen=True)
+class ToeplitzPlan(FunctionPlan):
+    """One vector of diagonals, from the top right to the bottom left."""
+
+    def product(self, factors: Sequence[Array], x: Array) -> Array:
+        """By FFT."""
+        return toeplitz_product(*self._column_and_row(factors), x)
+
+    def operator(self, factors: Sequence[Array]) -> Toeplitz:
+        """The operator of these diagonals."""
+        return Toeplitz(*self._column_and_row(factors))
+
+    def _column_and_row(self, factors: Sequence[Array]) -> tuple[Array, Array]:
+        diagonals = factors[0].reshape((-1,))
+        xp = _array.namespace(diagonals)
+        return diagonals[self.in_features - 1 :], xp.flip(diagonals[: self.in_features], axis=0)
+
+
 @register
 @dataclass(frozen=True)
 class ToeplitzStructure(Structure):
@@ -149,20 +167,7 @@ class ToeplitzStructure(Structure):
 
     def plan(self, in_features: int, out_features: int) -> Plan:
         """One vector of in_features + out_features - 1 parameters."""
+        check_sizes(self, in_features, out_features)
         count = in_features + out_features - 1
         factor = toeplitz_factor(out_features, in_features)
-
-        def split(factors: Sequence[Array]) -> tuple[Array, Array]:
-            diagonals = factors[0].reshape((count,))
-            xp = _array.namespace(diagonals)
-            return diagonals[in_features - 1 :], xp.flip(diagonals[:in_features], axis=0)
-
-        def apply(factors: Sequence[Array], x: Array) -> Array:
-            return toeplitz_product(*split(factors), x)
-
-        def build(factors: Sequence[Array]) -> Toeplitz:
-            return Toeplitz(*split(factors))
-
-        return FunctionPlan(
-            in_features, out_features, (factor,), fft_macs(fast_length(count)), ((1, 1, count),), apply, build
-        )
+        return ToeplitzPlan(in_features, out_features, (factor,), fft_macs(fast_length(count)), ((1, 1, count),))
