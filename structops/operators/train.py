@@ -17,6 +17,7 @@ from structops.spec import (
     Structure,
     check_budget,
     check_count,
+    check_sizes,
     largest_within,
     warn_capped_rank,
     warn_wasteful_rank,
@@ -143,6 +144,8 @@ class TrainStructure(Structure):
         """Check the arguments that no size is needed for."""
         check_count(self, "num_cores", self.num_cores)
         check_budget(self, self.params, "rank", self.rank)
+        if self.params is not None and self.num_cores == 1:
+            raise StructureError(f"{self.name}: num_cores=1 has no rank that params={self.params} could choose")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         for rank in ranks:
             check_count(self, "rank", rank)
@@ -158,6 +161,7 @@ class TrainStructure(Structure):
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """One factor a core, the last core first."""
+        check_sizes(self, in_features, out_features)
         out_modes, in_modes = self.mode_sizes(in_features, out_features)
         inner = self.num_cores - 1
 
