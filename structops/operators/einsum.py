@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from structops._array import Array
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.operator import ChainOperator, check_arrays
-from structops.spec import Structure, register
+from structops.spec import Structure, check_sizes, register
 
 THETA = "abgdefr"  # alpha, beta, gamma, delta, epsilon, phi, rho of the follow-up paper
 FIRST_A = "gba, fdrga, ferbg -> fed"
 FIRST_B = "gba, ferbg, fdrga -> fed"
+BTT_POINT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
+MOST_PADDING = 1.15  # as the authors: rounding the sizes may add 15 %
 
 
 def infer_chain(pattern: str, shapes: Sequence[tuple[int, ...]], sizes: Mapping[str, int] | None = None) -> Chain:
@@ -99,28 +102,38 @@ class Einsum(ChainOperator):
         Raises:
             StructureError: Not seven exponents in [0, 1], or three that do not sum to 1, or padding above 15 %.
         """
-        if len(theta) != 7 or any(not 0 <= t <= 1 for t in theta):
-            raise StructureError(f"theta must be 7 exponents in [0, 1], got {tuple(theta)}")
-        if any(not math.isclose(sum(part), 1, abs_tol=1e-3) for part in (theta[:3], theta[3:6])):
-            raise StructureError(
-                f"theta: (alpha, beta, gamma) and (delta, epsilon, phi) must each sum to 1, got {tuple(theta)}"
-            )
-        if order not in ("cheapest", "a", "b"):
-            raise StructureError(f"order must be cheapest, a or b, got {order!r}")
+        _check_point(theta, order)
         inputs = _split_size(in_features, theta[:3])
         outputs = _split_size(out_features, theta[3:6])
         rank = max(1, round(min(in_features, out_features) ** theta[6]))
         sizes = dict(zip(THETA, (*inputs, *outputs, rank), strict=True))
         for what, true, padded in (("in", in_features, math.prod(inputs)), ("out", out_features, math.prod(outputs))):
-            if padded > 1.15 * true:
+            if padded > MOST_PADDING * true:
+                part = theta[:3] if what == "in" else theta[3:6]
+                near = [next(n for n in sizes if _fits(n, part)) for sizes in (range(true, 0, -1), count(true))]
                 raise StructureError(
                     f"theta={tuple(theta)} pads {what}_features={true} to {padded}, more than 15 %; "
-                    f"choose a size nearer to a product of {what}_features**theta"
+                    f"nearest sizes that work: {near[0]}, {near[1]}"
                 )
         a_first, b_first = (Chain(pattern, sizes, in_features, out_features) for pattern in (FIRST_A, FIRST_B))
         if order == "cheapest":
             return a_first if a_first.macs <= b_first.macs else b_first
         return a_first if order == "a" else b_first
+
+
+def _check_point(theta: Sequence[float], order: str) -> None:
+    if len(theta) != 7 or any(not 0 <= t <= 1 for t in theta):
+        raise StructureError(f"theta must be 7 exponents in [0, 1], got {tuple(theta)}")
+    if any(not math.isclose(sum(part), 1, abs_tol=1e-3) for part in (theta[:3], theta[3:6])):
+        raise StructureError(
+            f"theta: (alpha, beta, gamma) and (delta, epsilon, phi) must each sum to 1, got {tuple(theta)}"
+        )
+    if order not in ("cheapest", "a", "b"):
+        raise StructureError(f"order must be cheapest, a or b, got {order!r}")
+
+
+def _fits(size: int, exponents: Sequence[float]) -> bool:
+    return math.prod(_split_size(size, exponents)) <= MOST_PADDING * size
 
 
 def _split_size(size: int, exponents: Sequence[float]) -> tuple[int, ...]:
@@ -153,9 +166,18 @@ class EinsumStructure(Structure):
     order: str = "cheapest"
 
     def __post_init__(self) -> None:
-        """Exactly one of theta and pattern; without either, the BTT point."""
+        """At most one of theta and pattern, and that a point or a chain; without either, the BTT point.
+
+        Raises:
+            StructureError: Both are given, or theta is no point of the family.
+            PatternError: The pattern is no chain.
+            ShapeError: A size of the pattern is missing or wrong.
+        """
         if self.theta is not None and self.pattern is not None:
             raise StructureError("einsum: give either theta or pattern, not both")
+        _check_point(self.theta or BTT_POINT, self.order)
+        if self.pattern is not None:
+            Chain(self.pattern, dict(self.sizes))
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """The chain of the point or of the pattern.
@@ -163,9 +185,9 @@ class EinsumStructure(Structure):
         Raises:
             StructureError: The pattern has other sizes.
         """
+        check_sizes(self, in_features, out_features)
         if self.pattern is None:
-            theta = self.theta or (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
-            return Einsum.from_theta(theta, in_features, out_features, self.order)
+            return Einsum.from_theta(self.theta or BTT_POINT, in_features, out_features, self.order)
         chain = Chain(self.pattern, dict(self.sizes))
         if chain.shape != (out_features, in_features):
             raise StructureError(
