@@ -11,7 +11,15 @@ from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.modes import divisors, nearest_multiples
 from structops.operator import ChainOperator, check_arrays, check_axes
-from structops.spec import Structure, check_budget, check_count, largest_within, register
+from structops.spec import (
+    Structure,
+    check_budget,
+    check_count,
+    check_sizes,
+    largest_within,
+    register,
+    warn_wasteful_rank,
+)
 
 
 @cache
@@ -90,6 +98,7 @@ class BLASTStructure(Structure):
         Raises:
             StructureError: ``blocks`` does not divide a size.
         """
+        check_sizes(self, in_features, out_features)
         common = [d for d in divisors(in_features) if out_features % d == 0]
         blocks = self.blocks or max(d for d in common if d <= 4)
         if blocks not in common:
@@ -104,7 +113,11 @@ class BLASTStructure(Structure):
             return blast_chain(blocks, out_features // blocks, blocks, in_features // blocks, rank)
 
         if self.params is not None:
-            return at(largest_within(self, self.params, in_features * out_features, lambda r: at(r).num_params, "rank"))
-        return at(self.rank or math.isqrt(min(in_features, out_features) - 1) + 1)
+            dense = in_features * out_features
+            rank = largest_within(self, self.params, dense, lambda r: at(r).num_params, "rank")
+        else:
+            rank = self.rank or math.isqrt(min(in_features, out_features) - 1) + 1
+        warn_wasteful_rank(self, "rank", rank, min(in_features, out_features))
+        return at(rank)
 
     build = staticmethod(BLAST.from_factors)
