@@ -25,6 +25,7 @@ TOLERANCES = {
     "float16": 1e-2,
     "bfloat16": 5e-2,
 }
+UNDERFLOW = {"float16": 1e-6}  # some times the smallest number, which small products fall below
 
 
 def installed_backends() -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Dtype = "flo
 
 
 def assert_close(actual: Array, expected: Any, *, scale: float = 1.0, dtype: Dtype = None, what: str = "") -> None:
-    """``|actual - expected| <= tolerance(dtype) * scale`` in the Euclidean norm, and the shapes are equal.
+    """``|actual - expected| <= tolerance(dtype) * scale`` in the Euclidean norm, but for underflow; shapes are equal.
 
     Args:
         actual: An array of any library.
@@ -98,7 +99,9 @@ def assert_close(actual: Array, expected: Any, *, scale: float = 1.0, dtype: Dty
     received, wanted = to_numpy(actual), to_numpy(np.asarray(expected))
     if received.shape != wanted.shape:
         raise AssertionError(f"{what}: expected shape {wanted.shape}, got {received.shape}")
-    error, limit = float(np.linalg.norm((received - wanted).ravel())), tolerance(dtype or actual.dtype) * scale
+    dtype = dtype or actual.dtype
+    error = float(np.linalg.norm((received - wanted).ravel()))
+    limit = tolerance(dtype) * scale + UNDERFLOW.get(name_of(dtype), 0.0)
     if not error <= limit:  # also where it is no number
         raise AssertionError(
             f"{what}: expected\n{wanted}\ngot\n{received}\nwhich is off by {error:.3g}, where {limit:.3g} is allowed"

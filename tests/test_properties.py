@@ -1,0 +1,132 @@
+"""Properties of operators of any structure and size: hypothesis draws these and a seed, never numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import structops as so
+from structops.testing import Case, assert_close, assert_operator_valid, dot_test, to_numpy
+from structops.testing.checks import (
+    check_adjoint,
+    check_counts,
+    check_dense,
+    check_left_products,
+    check_repr,
+    check_right_products,
+    draw_like,
+    norm,
+)
+from structops.testing.strategies import SIMPLE, dtypes, operator_cases, seeds
+
+PRODUCTS = (check_dense, check_right_products, check_left_products, check_adjoint, dot_test)
+FEWER = max(1, settings().max_examples // 6)  # JAX compiles each example anew
+
+
+def test_every_registered_structure_is_drawn() -> None:
+    assert {*SIMPLE, "Kron", "BlockDiag"} == set(so.OPERATORS)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", so.OPERATORS)
+@given(data=st.data())
+def test_an_operator_is_its_matrix(name: str, data: st.DataObject) -> None:
+    case, dtype, seed = data.draw(operator_cases(name)), data.draw(dtypes()), data.draw(seeds())
+    assert_operator_valid(*case.build("torch", dtype, seed), seed=seed, checks=PRODUCTS)
+
+
+@pytest.mark.torch
+@given(operator_cases(), seeds())
+def test_an_operator_keeps_all_laws(case: Case, seed: int) -> None:
+    assert_operator_valid(*case.build("torch", seed=seed), seed=seed)
+
+
+@pytest.mark.jax
+@settings(max_examples=FEWER)
+@given(operator_cases(), dtypes("float32", "complex64", "bfloat16"), seeds())
+def test_an_operator_is_its_matrix_in_jax(case: Case, dtype: str, seed: int) -> None:
+    import jax
+
+    A, M = case.build("jax", dtype, seed)
+    rng = np.random.default_rng(seed)
+    x, y = draw_like(A, rng, (M.shape[1],)), draw_like(A, rng, (M.shape[0],))
+    dense, right, left = jax.jit(lambda A, x, y: (A.to_dense(), A @ x, y @ A))(A, x, y)
+    assert_close(dense, M, scale=norm(M))
+    assert_close(right, M @ to_numpy(x), scale=norm(M) * norm(x))
+    assert_close(left, to_numpy(y) @ M, scale=norm(M) * norm(y))
+    for check in (check_repr, check_counts):
+        check(A, M)
+
+
+@pytest.mark.torch
+@given(operator_cases("Einsum", "TT", "BTT", "Monarch", "BLAST", "LowRank"), seeds())
+def test_counts_and_ranks_of_chains(case: Case, seed: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    A, M = case.build("torch", seed=seed)
+    x = draw_like(A, np.random.default_rng(seed), (M.shape[1],))
+    with FlopCounterMode(display=False) as counter:
+        A @ x
+    assert counter.get_total_flops() == so.flops(A)
+    assert so.macs(A.T) == so.macs(A)
+    assert so.num_params(A) == sum(array.numel() for array in A.arrays)
+    assert np.linalg.matrix_rank(M) <= A.chain.rank_bound
+
+
+@pytest.mark.torch
+@given(operator_cases(), st.data())
+def test_slices_are_those_of_the_matrix(case: Case, data: st.DataObject) -> None:
+    A, M = case.build("torch")
+    index = tuple(data.draw(st.slices(size)) for size in M.shape)
+    part = M[index]
+    if part.size and all(s.step is None or s.step > 0 for s in index):  # torch has no negative steps
+        assert_close(A[index].to_dense(), part, scale=norm(M))
+
+
+def expressions(depth: int) -> st.SearchStrategy[Any]:
+    """A tree: a case; a verb and one tree; or a verb and two."""
+    leaf = operator_cases("Dense", "LowRank", "TT", "Toeplitz", "Permutation", "Kron", "BlockDiag", nested=False)
+    if depth == 0:
+        return leaf
+    below = expressions(depth - 1)
+    return st.one_of(
+        leaf,
+        st.tuples(st.sampled_from(["T", "H", "scaled", "gram", "doubled"]), below),
+        st.tuples(st.sampled_from(["kron", "Kron", "BlockDiag"]), below, below),
+    )
+
+
+def evaluate(tree: Any, dtype: str, seed: int) -> tuple[Any, np.ndarray]:
+    """The operator and the matrix of a tree."""
+    if isinstance(tree, Case):
+        return tree.build("torch", dtype, seed)
+    verb, *below = tree
+    (A, M), *more = (evaluate(branch, dtype, seed + k) for k, branch in enumerate(below))
+    if more:
+        ((B, N),) = more
+        if verb == "BlockDiag":
+            zeros = np.zeros((M.shape[0], N.shape[1])), np.zeros((N.shape[0], M.shape[1]))
+            return so.BlockDiag(A, B), np.block([[M, zeros[0]], [zeros[1], N]])
+        return (so.kron if verb == "kron" else so.Kron)(A, B), np.kron(M, N)
+    return {
+        "T": lambda: (A.T, M.T),
+        "H": lambda: (A.H, M.conj().T),
+        "scaled": lambda: (-0.5 * A, -0.5 * M),
+        "gram": lambda: (A @ A.H, M @ M.conj().T),
+        "doubled": lambda: (A + A, 2 * M),
+    }[verb]()
+
+
+@pytest.mark.torch
+@given(expressions(depth=2), dtypes("float64", "complex128"), seeds())
+def test_expressions_are_those_of_matrices(tree: Any, dtype: str, seed: int) -> None:
+    A, M = evaluate(tree, dtype, seed)
+    x = draw_like(A, np.random.default_rng(seed), (M.shape[1],))
+    assert_close(A.to_dense(), M, scale=10 + norm(M))
+    assert_close(A @ x, M @ to_numpy(x), scale=(10 + norm(M)) * norm(x))
+    assert so.macs(A) >= 0
+    assert so.num_params(A) >= 0
