@@ -178,7 +178,6 @@ def _attributes(operator: type) -> list[str]:
     own = vars(operator)
     kinds = (property, classmethod, staticmethod)
     hidden = {"shape", "textbook_shapes", "is_chain", "from_factors", "core_shapes", "dtype"}
-    hidden.add("from_theta")  # until the last line of its section Args is indented: griffe warns, and strict fails
     return [name for name in own if not name.startswith("_") and name not in hidden and isinstance(own[name], kinds)]
 
 

@@ -17,6 +17,7 @@ from structops import _plum as _guard  # noqa: F401  first, because the wrong pl
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # beartype complains about typing.Callable in CoLA's signatures
+    warnings.filterwarnings("ignore", "IProgress not found")  # its tqdm wants widgets in a notebook
     import beartype.door
     import cola
     import cola.backends

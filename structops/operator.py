@@ -209,6 +209,15 @@ class StructuredOperator(LinearOperator):
             raise ShapeError(f"cannot add {self!r} and a matrix of shape {tuple(other.shape)}")
         return _cola.add(self, other)
 
+    def __mul__(self, c: Any) -> Any:
+        """``c * A`` for a number or an array of no axes, lazily."""
+        if getattr(c, "ndim", 0):
+            raise ShapeError(
+                f"c * A takes a number, got shape {tuple(c.shape)}; row by row that is cola.ops.Diagonal(c) @ A, "
+                f"column by column A @ cola.ops.Diagonal(c)"
+            )
+        return _cola.mul(self, c)
+
     def _check_library(self, X: Any) -> None:
         theirs = X.xnp if isinstance(X, LinearOperator) else _cola.backend_functions(_array.backend_of(X))
         if theirs is not self.xnp:
@@ -264,6 +273,8 @@ class StructuredOperator(LinearOperator):
         count = sum(self.parameter_counts().values())
         ratio = f"{count:,} params, {count / (rows * cols):.3g} of dense"
         return f"{type(self).__name__}({rows}x{cols}; {described + '; ' if described else ''}{ratio}; {self.dtype})"
+
+    __str__ = __repr__  # CoLA's is the bare name of the class
 
     def parameter_counts(self) -> dict[int, int]:
         """Parameters of every distinct array, by the array's identity, so that shared arrays are counted once."""

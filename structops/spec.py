@@ -209,7 +209,7 @@ def structure(spec: str | Structure | Mapping[str, Any], /, **arguments: Any) ->
         name, given = _parse(spec)
     known = registry()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise StructureError(f"unknown structure {name!r}; {hint}known: {', '.join(known)}")
     cls = known[name]

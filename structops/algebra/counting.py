@@ -42,8 +42,14 @@ def num_params_pattern(A: Chain | Plan) -> int:
     return A.num_params
 
 
+@num_params.dispatch
+def num_params_other(A: object) -> int:
+    """Refuse what has no size."""
+    raise TypeError(_no_size(A))
+
+
 @dispatch
-def flops(A: LinearOperator | Chain | Plan) -> int:
+def flops(A: object) -> int:
     """Floating-point operations per input vector: ``2 * macs(A)``."""
     return 2 * macs(A)
 
@@ -89,6 +95,25 @@ def _unknown(what: str, A: LinearOperator) -> str:
         f"the {what} of {type(A).__name__} cannot be counted; register a rule with "
         f"@structops.{'factors' if what == 'factors' else 'algebra.counting.parameter_counts'}.dispatch"
     )
+
+
+def _no_size(A: object) -> str:
+    return (
+        f"expected an operator, a chain or a plan, got {type(A).__name__}; "
+        f"the plan of a layer is layer.plan, that of a structure structure.plan(in_features, out_features)"
+    )
+
+
+@macs.dispatch
+def macs_other(A: object) -> int:
+    """Refuse what has no size."""
+    raise TypeError(_no_size(A))
+
+
+@factors.dispatch
+def factors_other(A: object) -> tuple:
+    """Refuse what has no size."""
+    raise TypeError(_no_size(A))
 
 
 # -------------------------------------------------------------------------------------------------- patterns and chains
