@@ -224,7 +224,7 @@ def _torch_functions() -> None:
     except ImportError:
         return
     kron = torch_fns.torch.kron
-    torch_fns.kron = lambda A, B: kron(A.contiguous(), B.contiguous())
+    torch_fns.kron = lambda A, B: kron(_array.contiguous(A), _array.contiguous(B))
 
 
 def _jax_functions() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import structops as so
-from structops.testing import Case, assert_close, assert_operator_valid, dot_test, to_numpy
+from structops.testing import CASES, Case, assert_close, assert_operator_valid, dot_test, to_numpy
 from structops.testing.checks import (
     check_adjoint,
     check_counts,
@@ -123,6 +123,7 @@ def evaluate(tree: Any, dtype: str, seed: int) -> tuple[Any, np.ndarray]:
 
 @pytest.mark.torch
 @given(expressions(depth=2), dtypes("float64", "complex128"), seeds())
+@example(("kron", CASES["Dense"][0], Case(so.LowRank, ((2, 1), (1, 1)))), "float64", 0)  # odd strides
 def test_expressions_are_those_of_matrices(tree: Any, dtype: str, seed: int) -> None:
     A, M = evaluate(tree, dtype, seed)
     x = draw_like(A, np.random.default_rng(seed), (M.shape[1],))
