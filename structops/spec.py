@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,81 +22,18 @@ from structops.contract import check_product, contract
 from structops.errors import StructureError, StructureWarning
 
 
-@runtime_checkable
-class Plan(Protocol):
+@dataclass(frozen=True)
+class Plan:
     """A structure at one size: all that layers, muP and random draws need to know.
 
-    ``apply(factors, x)`` is a pure function of arrays on the last axis of x; factor ``k`` is stored as
-    ``(blocks, fan_out, fan_in)``.
-    """
+    A subclass adds what else it needs, and writes ``product`` and ``operator``, which use the stored arrays.
 
-    @property
-    def in_features(self) -> int: ...  # noqa: D102
-    @property
-    def out_features(self) -> int: ...  # noqa: D102
-    @property
-    def factors(self) -> tuple[Factor, ...]: ...  # noqa: D102
-    @property
-    def num_params(self) -> int: ...  # noqa: D102
-    @property
-    def macs(self) -> int: ...  # noqa: D102
-    @property
-    def stored_shapes(self) -> tuple[tuple[int, int, int], ...]: ...  # noqa: D102
-    def apply(self, factors: Sequence[Array], x: Array) -> Array: ...  # noqa: D102
-    def operator(self, factors: Sequence[Array]) -> Any: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class ChainPlan:
-    """The plan of a structure that is a chain."""
-
-    chain: Chain
-    build: Callable[[Chain, Sequence[Array]], Any] = field(repr=False)
-
-    @property
-    def in_features(self) -> int:
-        """Size of the input."""
-        return self.chain.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of the output."""
-        return self.chain.out_features
-
-    @property
-    def factors(self) -> tuple[Factor, ...]:
-        """The factors in order of application."""
-        return self.chain.factors
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of all factors."""
-        return self.chain.num_params
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per input vector."""
-        return self.chain.macs
-
-    @property
-    def stored_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Shape of every stored factor, ``(blocks, fan_out, fan_in)``."""
-        return self.chain.stored_shapes
-
-    def apply(self, factors: Sequence[Array], x: Array) -> Array:
-        """The product with ``x`` on its last axis; see `structops.contract`."""
-        return contract(self.chain, factors, x)
-
-    def operator(self, factors: Sequence[Array]) -> Any:
-        """The operator that views these factors."""
-        return self.build(self.chain, factors)
-
-
-@dataclass(frozen=True)
-class FunctionPlan:
-    """The plan of a structure that is no chain: its sizes.
-
-    A subclass adds what else it needs to know, and writes ``product`` and ``operator``, which use the stored arrays.
+    Attributes:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        factors: The factors in order of application, as sizes.
+        macs: Multiply-accumulates per input vector.
+        stored_shapes: Shape of every stored factor, ``(blocks, fan_out, fan_in)``.
     """
 
     in_features: int
@@ -111,7 +48,7 @@ class FunctionPlan:
         return sum(factor.num_params for factor in self.factors)
 
     def apply(self, factors: Sequence[Array], x: Array) -> Array:
-        """The product with ``x`` on its last axis.
+        """The product with ``x`` on its last axis: a pure function of stored factors and x.
 
         Raises:
             ShapeError: The factors or x do not have the sizes of the plan.
@@ -127,6 +64,28 @@ class FunctionPlan:
     def operator(self, factors: Sequence[Array]) -> Any:
         """The operator that views these factors."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ChainPlan(Plan):
+    """The plan of a structure that is a chain."""
+
+    chain: Chain
+    build: Callable[[Chain, Sequence[Array]], Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, chain: Chain, build: Callable[[Chain, Sequence[Array]], Any]) -> ChainPlan:
+        """The plan that reads its sizes off a chain; ``build`` makes the operator from stored factors."""
+        n, m = chain.in_features, chain.out_features
+        return cls(n, m, chain.factors, chain.macs, chain.stored_shapes, chain, build)
+
+    def apply(self, factors: Sequence[Array], x: Array) -> Array:
+        """The product with ``x`` on its last axis; see `structops.contract`."""
+        return contract(self.chain, factors, x)
+
+    def operator(self, factors: Sequence[Array]) -> Any:
+        """The operator that views these factors."""
+        return self.build(self.chain, factors)
 
 
 @dataclass(frozen=True)
@@ -149,7 +108,7 @@ class Structure:
 
     def plan(self, in_features: int, out_features: int) -> Plan:
         """The structure at this size: factors, parameters, MACs, and ``apply(factors, x)``."""
-        return ChainPlan(self.chain(in_features, out_features), self.build)
+        return ChainPlan.of(self.chain(in_features, out_features), self.build)
 
     def build(self, chain: Chain, factors: Sequence[Array]) -> Any:
         """The operator of a chain from its stored factors; given by the operator class."""

@@ -13,7 +13,7 @@ from structops.algebra.counting import factors, macs
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.operator import StructuredOperator, check_arrays, check_axes
-from structops.spec import FunctionPlan, Plan, Structure, check_sizes, register
+from structops.spec import Plan, Structure, check_sizes, register
 
 
 def cyclic_convolve(column: Array, x: Array) -> Array:
@@ -127,7 +127,7 @@ def macs_circulant(A: Circulant) -> int:
 
 
 @dataclass(frozen=True)
-class CirculantPlan(FunctionPlan):
+class CirculantPlan(Plan):
     """One vector, convolved with x."""
 
     def product(self, factors: Sequence[Array], x: Array) -> Array:

@@ -14,7 +14,7 @@ from structops.chain import Factor
 from structops.errors import ShapeError, StructureError
 from structops.modes import nearest_multiples
 from structops.operator import StructuredOperator, check_arrays, check_axes
-from structops.spec import FunctionPlan, Plan, Structure, check_count, check_sizes, register
+from structops.spec import Plan, Structure, check_count, check_sizes, register
 
 Padding = Literal["valid", "same", "circular"]
 Shape = tuple[int, ...]
@@ -205,7 +205,7 @@ def _spatial(shape: int | Sequence[int]) -> Shape:
 
 
 @dataclass(frozen=True)
-class ConvolutionPlan(FunctionPlan):
+class ConvolutionPlan(Plan):
     """One kernel, moved over x."""
 
     geometry: Geometry

@@ -12,7 +12,7 @@ from structops.algebra.counting import factors, macs
 from structops.chain import Factor
 from structops.operator import StructuredOperator, check_arrays, check_axes
 from structops.operators.circulant import cyclic_convolve, fft_macs
-from structops.spec import FunctionPlan, Plan, Structure, check_sizes, register
+from structops.spec import Plan, Structure, check_sizes, register
 
 
 def fast_length(n: int) -> int:
@@ -137,7 +137,7 @@ def macs_toeplitz(A: Toeplitz) -> int:
 
 
 @dataclass(frozen=True)
-class ToeplitzPlan(FunctionPlan):
+class ToeplitzPlan(Plan):
     """One vector of diagonals, from the top right to the bottom left."""
 
     def product(self, factors: Sequence[Array], x: Array) -> Array:
