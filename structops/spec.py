@@ -156,8 +156,8 @@ def structure(spec: str | Structure | Mapping[str, Any], /, **arguments: Any) ->
     Example:
         >>> structure("btt", rank=2, blocks=8) == structure("btt(rank=2, blocks=8)")
         True
-        >>> print(structure("btt(rank=1, blocks=8)"))
-        btt(blocks=8)
+        >>> print(structure("btt(rank=2)", blocks=8, num_cores=2))
+        btt(rank=2, blocks=8)
     """
     if isinstance(spec, Structure):
         return dataclasses.replace(spec, **_checked(type(spec), arguments)) if arguments else spec
