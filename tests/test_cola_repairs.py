@@ -6,7 +6,6 @@ CoLA means that upstream has mended the fault, and its repair can go.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import logging
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", **ON_CPU}
 
 PROBES: dict[str, Callable[[], Any]] = {}
 
@@ -215,7 +215,7 @@ def our_operators_run_on_several_devices() -> bool:
     from structops.testing.arrays import to_backend
 
     second = jax.local_devices()[1]
-    for case in representatives():
+    for case in representatives()[::3]:
         A, M = case.build("jax", "float32")
         A = A.to(second)
         x = jax.device_put(to_backend(M[0].real, "jax", "float32"), second)
@@ -279,7 +279,6 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=clean | env, capture_output=True, text=True, timeout=120, check=False)
 
 
-@functools.cache
 def found(which: str) -> dict[str, str]:
     process = run(str(HERE), which, **TWO_DEVICES)
     assert process.returncode == 0, process.stderr
@@ -293,19 +292,16 @@ def test_every_repair_has_a_probe() -> None:
     assert all(repair.__doc__ for repair in _cola.REPAIRS)
 
 
-@pytest.mark.parametrize("name", PROBES)
-def test_stock_cola_has_the_fault(name: str) -> None:
-    assert found("stock")[name] != "sound", f"upstream has mended this: drop the repair {name}"
+def test_stock_cola_has_every_fault() -> None:
+    mended = [name for name, result in found("stock").items() if result == "sound"]
+    assert not mended, "upstream has mended this: drop the repair"
 
 
-@pytest.mark.parametrize("name", PROBES)
-def test_structops_repairs_it(name: str) -> None:
-    assert found("repaired")[name] == "sound", found("repaired")[name]
-
-
-@pytest.mark.parametrize("check", OURS, ids=lambda check: check.__name__)
-def test_beside_cola(check: Callable[[], Any]) -> None:
-    assert found("repaired")[check.__name__] == "sound", found("repaired")[check.__name__]
+def test_structops_repairs_every_fault_and_causes_none() -> None:
+    results = found("repaired")
+    assert set(results) == {*PROBES, *(check.__name__ for check in OURS)}
+    for name, result in results.items():
+        assert result == "sound", f"{name}: {result}"
 
 
 def test_the_wrong_plum_is_named_with_the_command_that_replaces_it(tmp_path: Path) -> None:
@@ -334,7 +330,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import structops as so
 from structops.testing import assert_operator_valid, installed_backends, representatives
 assert installed_backends() == ({present!r},)
-for case in representatives()[::4]:
+for case in representatives()[::6]:
     assert_operator_valid(*case.build({present!r}, "float32"))
 A, _ = representatives()[0].build({present!r}, "float32")
 assert (A @ A.T + 2 * A).shape == so.kron(A, A).Ms[0].shape
