@@ -46,6 +46,7 @@ def test_more_than_two():
     assert modes(4096, 4) == (8, 8, 8, 8)
     assert modes(768, 1) == (768,)
     assert modes(768, 3) == (12, 8, 8)
+    assert modes(4620, 3) == (22, 15, 14)  # not (21, 20, 11), whose largest is smaller but whose sum is not
     assert modes(7, 4) == (7, 1, 1, 1)
     assert modes(12, 5) == (3, 2, 2, 1, 1)
 
