@@ -79,7 +79,7 @@ def test_an_interrupted_demo_keeps_what_was_finished(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------- doctor
+# ------------------------------------------------------------------------------------------------------------- doctor
 
 
 def test_doctor_finds_this_installation_healthy():

@@ -41,7 +41,7 @@ class Geometry:
         """From a kind of padding, with torch's choice for even windows (the larger half behind).
 
         Raises:
-            ShapeError: The padding is unknown, or the window is larger than the input.
+            ShapeError: The padding is unknown, a size is below 1, or the window is larger than the input.
         """
         if padding not in get_args(Padding):
             raise ShapeError(f"Convolution: padding must be one of {', '.join(get_args(Padding))}, got {padding!r}")
@@ -49,6 +49,8 @@ class Geometry:
             raise ShapeError(
                 f"Convolution: expected 1 or 2 spatial axes in both, got taps {taps} and spatial_shape {spatial}"
             )
+        if any(n < 1 for n in (*taps, *spatial)):
+            raise ShapeError(f"Convolution: sizes must be at least 1, got taps {taps} and spatial_shape {spatial}")
         if padding != "same" and any(t > n for t, n in zip(taps, spatial, strict=True)):
             raise ShapeError(
                 f"Convolution: the window {taps} is larger than spatial_shape {spatial} with padding={padding!r}"
