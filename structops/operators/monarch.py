@@ -81,9 +81,9 @@ class Monarch(ChainOperator):
                 f"got {tuple(left.shape)} and {tuple(right.shape)}"
             )
         s = left.shape[1]
-        for name, true, padded in (("in_features", in_features, blocks * p), ("out_features", out_features, blocks * s)):
-            if true is not None and not 1 <= true <= padded:
-                raise ShapeError(f"Monarch: {name} must be between 1 and the {padded} of the blocks, got {true}")
+        for name, true, size in (("in_features", in_features, p), ("out_features", out_features, s)):
+            if true is not None and not 1 <= true <= blocks * size:
+                raise ShapeError(f"Monarch: {name} must lie between 1 and the {blocks * size} of the blocks, got {true}")
         chain = monarch_chain(blocks, (q, p), (s, q), out_features or blocks * s, in_features or blocks * p)
         self._set(chain, [right, left])
 

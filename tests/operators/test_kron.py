@@ -1,0 +1,57 @@
+"""Kronecker products: chains of matrices, and not of operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import structops as so
+from structops import _cola
+from structops.testing import to_backend, to_numpy
+
+pytestmark = pytest.mark.torch
+
+
+def matrix(*shape: int) -> object:
+    return to_backend(np.random.default_rng(sum(shape)).standard_normal(shape), "torch")
+
+
+def test_matrices_make_a_chain_and_operators_do_not() -> None:
+    A, B = matrix(2, 3), matrix(4, 5)
+    assert so.Kron(A, B).chain.pattern == "cd, bd, ac -> ab"
+    assert so.Kron(A, B).T.chain == so.Kron(A, B).chain.T
+    assert so.Kron(A, so.Dense(B)).is_chain
+    nested = so.Kron(A, so.LowRank(matrix(4, 2), matrix(2, 5)))
+    assert not nested.is_chain
+    with pytest.raises(TypeError, match="no single chain"):
+        _ = nested.chain
+
+
+def test_factors_are_in_order_of_application_and_the_last_is_applied_first() -> None:
+    K = so.Kron(matrix(2, 3), matrix(4, 5))
+    assert [f.shape for f in so.factors(K)] == [(4, 5), (2, 3)]
+    assert [(f.fan_in, f.fan_out, f.sharing) for f in so.factors(K)] == [(5, 4, 3), (3, 2, 4)]
+    parts = so.Kron(so.LowRank(matrix(2, 1), matrix(1, 3)), matrix(4, 5))
+    assert [(f.fan_in, f.fan_out) for f in so.factors(parts)] == [(5, 4), (3, 1), (1, 2)]
+
+
+def test_it_is_a_kronecker_product_for_the_rules_of_cola() -> None:
+    import cola
+
+    A, B = (so.Dense(to_backend(M, "torch")) for M in (np.diag([1.0, 2.0]), np.array([[3.0, 1], [0, 1]])))
+    K = so.Kron(A, B)
+    assert isinstance(K, _cola.Kronecker)
+    x = to_backend(np.arange(4.0), "torch")
+    assert np.allclose(to_numpy(cola.linalg.inv(K) @ x), np.linalg.solve(to_numpy(K.to_dense()), to_numpy(x)))
+    assert np.allclose(to_numpy(cola.linalg.logdet(K)), np.linalg.slogdet(to_numpy(K.to_dense()))[1])
+
+
+def test_multiplicities_of_block_diag_must_fit() -> None:
+    A = matrix(2, 3)
+    for counts in ((1,), (1, 2, 3), (0, 1), (-1, 1)):
+        with pytest.raises(so.ShapeError, match="multiplicities of at least 1"):
+            so.BlockDiag(A, A, multiplicities=counts)
+
+
+def test_the_repr_of_many_blocks_is_short() -> None:
+    assert len(repr(so.BlockDiag(*[matrix(2, 3)] * 100))) < 150
