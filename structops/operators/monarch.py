@@ -83,7 +83,9 @@ class Monarch(ChainOperator):
         s = left.shape[1]
         for name, true, size in (("in_features", in_features, p), ("out_features", out_features, s)):
             if true is not None and not 1 <= true <= blocks * size:
-                raise ShapeError(f"Monarch: {name} must lie between 1 and the {blocks * size} of the blocks, got {true}")
+                raise ShapeError(
+                    f"Monarch: {name} must lie between 1 and the {blocks * size} of the blocks, got {true}"
+                )
         chain = monarch_chain(blocks, (q, p), (s, q), out_features or blocks * s, in_features or blocks * p)
         self._set(chain, [right, left])
 
