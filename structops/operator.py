@@ -101,13 +101,16 @@ class StructuredOperator(LinearOperator):
 
     @property
     def T(self) -> StructuredOperator:
-        """The transpose, again of this structure."""
-        return self.transposed()
+        """The transpose, again of this structure; self-adjoint and unitary matrices stay so, also complex ones."""
+        result = self.transposed()
+        declared = getattr(self, "_declared", frozenset())
+        result.annotations = {p for p in declared if issubclass(p, (_cola.SelfAdjoint, _cola.Unitary))}
+        return result
 
     @property
     def H(self) -> StructuredOperator:
         """The adjoint (conjugate transpose), again of this structure."""
-        return self.transposed().conj()
+        return self.T.conj()
 
     def conj(self) -> Self:
         """The entrywise conjugate; the operator itself if it is real."""
@@ -416,7 +419,7 @@ def _map(item: Any, function: Any) -> Any:
 @_cola.transpose.dispatch(precedence=1)
 def transpose_structured(A: StructuredOperator) -> LinearOperator:
     """The transpose of every structure is that structure again."""
-    return A.transposed()
+    return A.T
 
 
 @_cola.adjoint.dispatch(precedence=1)

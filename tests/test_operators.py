@@ -385,6 +385,8 @@ def test_sums_check_shapes_and_libraries(backend: str) -> None:
     for sum_or_product in (lambda: A + np.ones((2, 3)), lambda: np.ones((2, 3)) + A, lambda: so.kron(A, np.eye(2))):
         with pytest.raises(so.BackendError, match=r"torch\.from_numpy"):
             sum_or_product()
+    with pytest.raises(so.ShapeError, match="takes a number"):
+        A * to_backend(np.ones(3), backend)
     assert_close((A + A.to_dense()).to_dense(), np.full((2, 3), 2.0))
     assert sum([A]) is A
 
@@ -581,6 +583,10 @@ def test_declared_properties_survive_copies_and_pytrees(case: Case, backend: str
     for check in (check_pytree, check_copies, check_dense):
         check(P, M)
     assert P.to(dtype=dtype_of(backend, "float32")).isa(_cola.PSD)
+    assert P.T.isa(_cola.PSD)
+    assert P.H.isa(_cola.PSD)
+    assert _cola.Unitary(A).T.isa(_cola.Unitary)
+    assert not _cola.Stiefel(A).T.isa(_cola.Stiefel) or A.isa(_cola.Stiefel)  # orthonormal columns, then rows
 
 
 @each(representatives())

@@ -81,7 +81,6 @@ class CompositeOperator(StructuredOperator):
         result = self._map(lambda M: M.T)
         result.patterns = self.patterns and self.patterns[::-1]
         result.is_transposed = not self.is_transposed
-        result.annotations = set()
         return result
 
     def parameter_counts(self) -> dict[int, int]:
