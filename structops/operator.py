@@ -103,7 +103,7 @@ class StructuredOperator(LinearOperator):
     def T(self) -> StructuredOperator:
         """The transpose, again of this structure; self-adjoint and unitary matrices stay so, also complex ones."""
         result = self.transposed()
-        declared = getattr(self, "_declared", frozenset())
+        declared: frozenset[type] = getattr(self, "_declared", frozenset())
         result.annotations = {p for p in declared if issubclass(p, (_cola.SelfAdjoint, _cola.Unitary))}
         return result
 
