@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plots and the numbers.")] = Path("structops-demo"),
 ) -> None:
     """Compare structures: products at one size, then residual MLPs on handwritten digits at equal MACs."""
+    _require(backend.value, "demo")
     from structops.studies.demo import STRUCTURES
     from structops.studies.demo import demo as run
 
@@ -65,6 +67,18 @@ def doctor() -> None:
     from structops.doctor import diagnose
 
     if not diagnose(console):
+        raise typer.Exit(1)
+
+
+def _require(*extras: str) -> None:
+    """End with the command that installs what a command needs, if it is not there."""
+    from structops.doctor import EXTRAS
+
+    absent = [extra for extra in extras if any(find_spec(module) is None for module in EXTRAS[extra])]
+    if absent:
+        console.print(
+            f"This command needs more than is installed:\n    pip install 'structops[{','.join(absent)}]'", markup=False
+        )
         raise typer.Exit(1)
 
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
-from structops import doctor
+from structops import cli, doctor
 
 PROGRAM = [sys.executable, "-m", "structops"]
 
@@ -77,6 +78,14 @@ def test_an_interrupted_demo_keeps_what_was_finished(tmp_path):
     finished, total = map(int, data["finished"].split(" of "))
     assert 1 <= finished == len(data["summaries"]) < total
     assert (tmp_path / "curves.png").exists()
+
+
+def test_a_command_without_its_extras_names_them(monkeypatch, capsys):
+    found = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda module: None if module in ("sklearn", "flax") else found(module))
+    with pytest.raises(typer.Exit):
+        cli._require("jax", "demo")
+    assert "pip install 'structops[jax,demo]'" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- doctor
