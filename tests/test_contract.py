@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -109,9 +110,27 @@ def test_random_chain_has_the_roles_that_it_was_given(drawn):
     assert flipped.factors == tuple(factor.T for factor in reversed(chain.factors))
 
 
+def smallest_cut(chain: Chain) -> int:
+    """The rank bound by trying every cut of the factors between two regroups."""
+    best, start, inner = min(chain.shape), set(chain.terms[0]), []
+    for term in [*chain.terms[1:-1], f"{chain.terms[-1]}="]:
+        if "=" not in term:
+            inner.append(term)
+            continue
+        stop, after = term.split("=")
+        for far in itertools.product((False, True), repeat=len(inner)):
+            sides = start, set(stop)
+            for labels, side in zip(inner, far, strict=True):
+                sides = (sides[0], sides[1] | set(labels)) if side else (sides[0] | set(labels), sides[1])
+            best = min(best, chain.size("".join(sides[0] & sides[1])))
+        start, inner = set(after), []
+    return best
+
+
 @given(chains(), st.integers(0, 2**32 - 1))
 def test_random_chain_has_at_most_its_rank_bound(drawn, seed):
     chain, _ = drawn
+    assert chain.rank_bound == smallest_cut(chain)
     rng = np.random.default_rng(seed)
     arrays = [rng.standard_normal(factor.shape) for factor in chain.factors]
     matrix = reference(chain, arrays, np.eye(chain.in_features))
