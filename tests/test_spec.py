@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import time
 import warnings
 from typing import Any
 
@@ -409,6 +410,36 @@ def test_defaults():
     assert so.structure("monarch").chain(1000, 1000).factors[0].blocks == 32
     assert so.structure("btt").chain(1024, 1024) == so.structure("btt", rank=1, num_cores=2).chain(1024, 1024)
     assert so.structure("tt").chain(1024, 1024).num_params == 2 * 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern"),
+    [
+        ("dense", "j, ij -> i"),
+        ("low_rank", "j, sj, is -> i"),
+        ("kron", "cd, bd, ac -> ab"),
+        ("tt", "cd, sbd, acs -> ab"),
+        ("btt", "cd, sbcd, abcs -> ab"),
+        ("btt(num_cores=3)", "def, tcdef, sbcdet, abcds -> abc"),
+        ("blast", "jn, jnr, ijr, imr -> im"),
+        ("block_diag", "cd, cbd -> cb"),
+        ("monarch(blocks=4)", "cd, csbd, bacs -> ab"),
+        ("einsum", "gba, fdrga, ferbg -> fed"),
+    ],
+)
+def test_patterns(spec, pattern):
+    """As the documentation writes them, label for label."""
+    assert so.structure(spec).chain(64, 64).pattern == pattern
+
+
+@pytest.mark.parametrize("name", ["tt", "btt"])
+def test_more_cores_than_letters(name):
+    start = time.perf_counter()
+    chain = so.structure(name, num_cores=40).chain(2**40, 2**40)
+    assert len(chain.factors) == 40
+    assert len(set("".join(chain.terms))) == 40 + 40 + 39
+    assert chain.rank_bound == 2**40
+    assert time.perf_counter() - start < 5  # not all 2**40 cuts were tried
 
 
 def test_blocks_of_btt():

@@ -184,8 +184,8 @@ def scales(A: Any, optimizer: str = "adam") -> Scales:
         >>> from structops import structure
         >>> print(scales(structure("btt").chain(1024, 4096)))
         factor  blocks  fan_in  fan_out  sharing  init_std  lr (adam)  reason
-        ebcd    32      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
-        abce    64      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
+        sbcd    32      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
+        abcs    64      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
     """
     parts = factors(A)
     out_features, in_features = _shape(A)

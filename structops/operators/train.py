@@ -32,10 +32,12 @@ def train_chain(kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> C
     """The chain of ``tt`` or ``btt`` cores; ``ranks`` are the inner ones, one fewer than there are modes.
 
     Core t has the axes (rank before, output modes, input modes, rank after): of the modes, tensor-train gives it only
-    the t-th of either side, block tensor-train also those that are in the state when it is applied.
+    the t-th of either side, block tensor-train also those that are in the state when it is applied.  Modes are labelled
+    from a on, ranks from s on.
     """
     count = len(out_modes)
-    outputs, inputs, bonds = (_labels(start, n) for start, n in ((0, count), (count, count), (2 * count, count - 1)))
+    modes, bonds = _labels("abcdefghijklmnopqr", 0x100, 2 * count), _labels("stuvwxyz", 0x180, count - 1)
+    outputs, inputs = modes[:count], modes[count:]
     terms = []
     for t in range(count):
         left, right = bonds[t - 1] if t else "", bonds[t] if t < count - 1 else ""
@@ -47,10 +49,9 @@ def train_chain(kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> C
     return Chain(", ".join([inputs, *reversed(terms)]) + " -> " + outputs, sizes)
 
 
-def _labels(start: int, count: int) -> str:
-    """Letters, and beyond the alphabet the code points after the Latin blocks."""
-    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return "".join(alphabet[i] if i < len(alphabet) else chr(0x100 + i) for i in range(start, start + count))
+def _labels(letters: str, further: int, count: int) -> str:
+    """The first letters, and where they do not suffice those from a code point on."""
+    return letters[:count] + "".join(chr(further + i) for i in range(count - len(letters)))
 
 
 class TrainOperator(ChainOperator):
