@@ -308,6 +308,15 @@ def test_a_budget_gives_the_fewest_blocks(name, d_in, d_out, params):
             assert so.structure(name, blocks=blocks).chain(d_in, d_out).num_params > params * d_in * d_out
 
 
+def test_a_budget_of_large_layers_takes_no_time():
+    start = time.perf_counter()
+    with pytest.raises(StructureError, match="the least is 52400"):
+        so.structure("monarch(params=0.00001)").chain(50304, 2048)
+    for text in ("low_rank(params=0.01)", "monarch(params=0.01)", "btt(params=0.1)", "block_diag(params=0.1)"):
+        assert so.structure(text).chain(50304, 2048).num_params <= so.structure(text).params * 50304 * 2048
+    assert time.perf_counter() - start < 5
+
+
 @pytest.mark.parametrize(
     ("spec", "size", "params"),
     [

@@ -153,16 +153,18 @@ class MonarchStructure(Structure):
 
     def _within(self, params: float, in_features: int, out_features: int) -> Chain:
         budget = math.floor(params * in_features * out_features + 1e-9)
-        cheapest = None
-        for blocks in range(1, max(in_features, out_features) + 1):
+        blocks, least = 1, math.inf
+        while blocks:
             chain = self._chain(blocks, in_features, out_features)
             if chain.num_params <= budget:
                 return chain
-            if cheapest is None or chain.num_params < cheapest:
-                cheapest = chain.num_params
+            least = min(least, chain.num_params)
+            # Parameters fall only where a block gets shorter: the next number of blocks at which one does.
+            heights = [(size, -(-size // blocks)) for size in (in_features, out_features)]
+            blocks = min((-(-size // (height - 1)) for size, height in heights if height > 1), default=0)
         raise StructureError(
             f"{self}: no number of blocks keeps within {budget} parameters at {out_features}x{in_features}; "
-            f"the least is {cheapest}"
+            f"the least is {least}"
         )
 
     build = staticmethod(Monarch.from_factors)
