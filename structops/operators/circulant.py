@@ -67,10 +67,8 @@ class Circulant(StructuredOperator):
 
     Example:
         >>> import torch
-        >>> Circulant(torch.arange(3.)).to_dense()
-        tensor([[0., 2., 1.],
-                [1., 0., 2.],
-                [2., 1., 0.]])
+        >>> Circulant(torch.arange(3.)).to_dense().round().int().tolist()
+        [[0, 2, 1], [1, 0, 2], [2, 1, 0]]
     """
 
     leaves = ("column",)

@@ -64,10 +64,8 @@ class Toeplitz(StructuredOperator):
 
     Example:
         >>> import torch
-        >>> Toeplitz(torch.tensor([0., 1., 2.]), torch.tensor([9., 5.])).to_dense()
-        tensor([[0., 5.],
-                [1., 0.],
-                [2., 1.]])
+        >>> Toeplitz(torch.tensor([0., 1., 2.]), torch.tensor([9., 5.])).to_dense().round().int().tolist()
+        [[0, 5], [1, 0], [2, 1]]
     """
 
     leaves = ("column", "row")
