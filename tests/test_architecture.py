@@ -232,8 +232,7 @@ def test_importing_structops_loads_only_what_it_needs():
 
 USE = """
     import structops as so
-    from structops.spec import registry
-    for name in registry():
+    for name in ("dense", "btt", "monarch(blocks=3)", "toeplitz", "convolution"):
         A = so.random(name, (16, 16), **seed)
         x = ones(16)
         close(A @ x, A.to_dense() @ x)
