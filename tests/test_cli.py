@@ -62,7 +62,7 @@ def test_demo_writes_tables_numbers_and_plots(backend, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_demo_keeps_what_was_finished(tmp_path):
     pytest.importorskip("torch", reason="needs PyTorch")
-    arguments = ("demo", "--epochs", "8", "--width", "16", "--out", str(tmp_path))
+    arguments = ("demo", "--epochs", "60", "--width", "16", "--out", str(tmp_path))
     with subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 200
         while not (tmp_path / "demo.json").exists():
