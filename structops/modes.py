@@ -46,6 +46,11 @@ def divisors(size: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(size // d for d in small)}))
 
 
+def common_divisors(a: int, b: int) -> tuple[int, ...]:
+    """All numbers that divide both, in ascending order."""
+    return divisors(math.gcd(a, b))
+
+
 @cache
 def _balanced(size: int, count: int, largest: int) -> tuple[int, ...]:
     """Descending factors, none above ``largest``, with the smallest sum; empty if there are none."""
@@ -85,10 +90,3 @@ def nearest_multiples(size: int, unit: int) -> tuple[int, ...]:
     """The multiples of ``unit`` next to ``size``, for messages that say what would work."""
     below = size // unit * unit
     return tuple(n for n in (below, below + unit) if n > 0)
-
-
-def nearest_divisors(size: int, target: int) -> tuple[int, ...]:
-    """The divisors of ``size`` next to ``target``, for messages that say what would work."""
-    below = [d for d in divisors(size) if d <= target]
-    above = [d for d in divisors(size) if d > target]
-    return tuple(below[-1:] + above[:1])

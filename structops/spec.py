@@ -20,6 +20,7 @@ from structops._array import Array
 from structops.chain import Chain, Factor
 from structops.contract import check_product, contract
 from structops.errors import StructureError, StructureWarning
+from structops.modes import common_divisors, nearest_multiples
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,21 @@ def check_sizes(spec: Structure, in_features: Any, out_features: Any) -> None:
     for what, size in (("in_features", in_features), ("out_features", out_features)):
         if not isinstance(size, Integral) or size < 1:
             raise StructureError(f"{spec}: {what} must be a whole number of at least 1, got {size!r}")
+
+
+def check_blocks(spec: Structure, blocks: int, in_features: int, out_features: int) -> None:
+    """The blocks divide both sizes.
+
+    Raises:
+        StructureError: They do not; the message names the blocks and the sizes that would work.
+    """
+    if in_features % blocks or out_features % blocks:
+        common = ", ".join(map(str, common_divisors(in_features, out_features)))
+        near_in, near_out = (nearest_multiples(size, blocks) for size in (in_features, out_features))
+        raise StructureError(
+            f"{spec}: {blocks} blocks do not divide in_features={in_features} and out_features={out_features}; "
+            f"blocks that would: {common}; nearest sizes for {blocks} blocks: in {near_in}, out {near_out}"
+        )
 
 
 def check_count(spec: Structure, name: str, value: Any, least: int = 1) -> None:

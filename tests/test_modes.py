@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structops.errors import StructureError
-from structops.modes import divisors, modes, nearest_divisors, nearest_multiples
+from structops.modes import common_divisors, divisors, modes, nearest_multiples
 
 # Size: two factors by the rule of the paper's code, and the closest pair.
 PAPER = {
@@ -112,6 +112,8 @@ def test_what_is_near():
     assert nearest_multiples(10, 4) == (8, 12)
     assert nearest_multiples(3, 4) == (4,)
     assert nearest_multiples(8, 4) == (8, 12)
-    assert nearest_divisors(12, 5) == (4, 6)
-    assert nearest_divisors(12, 20) == (12,)
-    assert nearest_divisors(12, 1) == (1, 2)
+
+
+def test_common_divisors():
+    assert common_divisors(100, 64) == (1, 2, 4)
+    assert common_divisors(7, 5) == (1,)

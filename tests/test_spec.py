@@ -177,7 +177,7 @@ def test_bad_arguments_are_found_before_any_size_is_known(name, arguments, words
 @pytest.mark.parametrize(
     ("spec", "sizes", "words"),
     [
-        ("btt(blocks=8)", (100, 64), ["in_features=100", "blocks=8", "96", "104", "5", "10"]),
+        ("btt(blocks=8)", (100, 64), ["in_features=100", "8 blocks", "96", "104", "1, 2, 4"]),
         ("btt(blocks=8)", (64, 100), ["out_features=100", "96", "104"]),
         ("btt(modes=((4, 4), (4, 4)))", (16, 18), ["(4, 4)", "16", "out_features=18", "(6, 3)"]),
         ("kron(modes=((4, 4), (4, 4)))", (18, 16), ["(4, 4)", "in_features=18", "(6, 3)"]),

@@ -8,11 +8,12 @@ from functools import cache
 
 from structops._array import Array
 from structops.chain import Chain
-from structops.errors import ShapeError, StructureError
-from structops.modes import divisors, nearest_multiples
+from structops.errors import ShapeError
+from structops.modes import common_divisors
 from structops.operator import ChainOperator, check_arrays, check_axes
 from structops.spec import (
     Structure,
+    check_blocks,
     check_budget,
     check_count,
     check_sizes,
@@ -99,15 +100,8 @@ class BLASTStructure(Structure):
             StructureError: ``blocks`` does not divide a size.
         """
         check_sizes(self, in_features, out_features)
-        common = [d for d in divisors(in_features) if out_features % d == 0]
-        blocks = self.blocks or max(d for d in common if d <= 4)
-        if blocks not in common:
-            sizes = [nearest_multiples(size, blocks) for size in (in_features, out_features)]
-            raise StructureError(
-                f"{self}: {blocks} blocks do not divide in_features={in_features} and out_features={out_features}; "
-                f"blocks that would: {', '.join(map(str, common))}; "
-                f"nearest sizes for {blocks} blocks: in {sizes[0]}, out {sizes[1]}"
-            )
+        blocks = self.blocks or max(d for d in common_divisors(in_features, out_features) if d <= 4)
+        check_blocks(self, blocks, in_features, out_features)
 
         def at(rank: int) -> Chain:
             return blast_chain(blocks, out_features // blocks, blocks, in_features // blocks, rank)

@@ -9,13 +9,13 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
-from structops.algebra.counting import factors, macs, shared
+from structops.algebra.counting import factors
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
-from structops.modes import divisors, nearest_multiples
+from structops.modes import common_divisors
 from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
-from structops.spec import Structure, check_budget, check_count, check_sizes, register
+from structops.spec import Structure, check_blocks, check_budget, check_count, check_sizes, register
 
 
 @cache
@@ -126,8 +126,8 @@ class BlockDiagStructure(Structure):
             StructureError: ``blocks`` does not divide a size, or no common divisor keeps within the budget.
         """
         check_sizes(self, in_features, out_features)
-        common = [d for d in divisors(in_features) if out_features % d == 0]
         if self.params is not None:
+            common = common_divisors(in_features, out_features)
             within = [d for d in common if 1 / d <= self.params * (1 + 1e-9)]
             if not within:
                 raise StructureError(
@@ -137,27 +137,13 @@ class BlockDiagStructure(Structure):
             blocks = within[0]
         else:
             blocks = self.blocks or 4
-        if blocks not in common:
-            sizes = [nearest_multiples(size, blocks) for size in (in_features, out_features)]
-            raise StructureError(
-                f"{self}: {blocks} blocks do not divide in_features={in_features} and out_features={out_features}; "
-                f"blocks that would: {', '.join(map(str, common))}; "
-                f"nearest sizes for {blocks} blocks: in {sizes[0]}, out {sizes[1]}"
-            )
+        check_blocks(self, blocks, in_features, out_features)
         return block_diag_chain(blocks, out_features // blocks, in_features // blocks)
 
     build = staticmethod(BlockDiag.from_factors)
 
 
-@factors.dispatch(precedence=1)
-def factors_block_diag_structured(A: BlockDiag) -> tuple:
-    """Those of its chain; where blocks differ, theirs side by side, each shared by its repeats."""
-    if A.is_chain:
-        return A.chain.factors
-    return tuple(f for M, c in zip(A.Ms, A.multiplicities, strict=True) for f in shared(factors(M), c))
-
-
-@macs.dispatch(precedence=1)
-def macs_block_diag_structured(A: BlockDiag) -> int:
-    """Those of every block, times its multiplicity."""
-    return sum(macs(M) * c for M, c in zip(A.Ms, A.multiplicities, strict=True))
+@factors.dispatch
+def factors_block_diag_chain(A: BlockDiag) -> tuple:
+    """Those of its chain; where blocks differ, those of any block-diagonal operator."""
+    return A.chain.factors if A.is_chain else factors.invoke(_cola.BlockDiag)(A)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from structops._array import Array
 from structops.errors import StructureError
-from structops.modes import nearest_divisors, nearest_multiples
 from structops.operators.train import Modes, TrainOperator, TrainStructure
-from structops.spec import check_count, register
+from structops.spec import check_blocks, check_count, register
 
 
 class BTT(TrainOperator):
@@ -86,11 +85,5 @@ class BTTStructure(TrainStructure):
         """
         if self.blocks is None:
             return super().mode_sizes(in_features, out_features)
-        for what, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % self.blocks:
-                raise StructureError(
-                    f"{self}: {what}={size} is not a multiple of blocks={self.blocks}; nearest sizes that work: "
-                    f"{', '.join(map(str, nearest_multiples(size, self.blocks)))}; nearest blocks for {size}: "
-                    f"{', '.join(map(str, nearest_divisors(size, self.blocks)))}"
-                )
+        check_blocks(self, self.blocks, in_features, out_features)
         return (out_features // self.blocks, self.blocks), (self.blocks, in_features // self.blocks)
