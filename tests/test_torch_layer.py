@@ -261,3 +261,13 @@ def test_errors_of_groups():
         param_groups(Net(64), optimizer="magic")
     with pytest.raises(so.StructureError, match="no layer 'up'"):
         param_groups(Net(64), base=nn.Sequential(nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("spec", ["monarch(blocks=5)", "circulant", "toeplitz"])
+def test_compiles_when_the_input_is_itself_a_parameter(spec):
+    """Learned queries, say: a Parameter is a subclass of Tensor."""
+    structured = layer(spec, 16, 16)
+    queries = nn.Parameter(torch.randn(3, 16, dtype=torch.float64))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: structured(queries), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(), structured(queries))
