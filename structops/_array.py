@@ -61,8 +61,8 @@ def permute(x: Array, axes: tuple[int, ...]) -> Array:
 
 def contiguous(x: Array) -> Array:
     """``x`` laid out row by row; JAX knows no other layout."""
-    # x.contiguous() would leave odd strides along axes of size 1, at which torch.kron takes offence.
-    return x.reshape((-1,)).reshape(x.shape) if backend_of(x) == "torch" else x
+    # Contiguous alone leaves odd strides along axes of size 1, at which torch.kron takes offence.
+    return x.contiguous().reshape((-1,)).reshape(x.shape) if backend_of(x) == "torch" else x
 
 
 def pad(x: Array, widths: Sequence[tuple[int, int]]) -> Array:

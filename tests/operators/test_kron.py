@@ -27,6 +27,13 @@ def test_matrices_make_a_chain_and_operators_do_not() -> None:
         _ = nested.chain
 
 
+def test_the_matrix_is_contiguous_where_that_of_a_factor_is_strided() -> None:
+    import torch
+
+    K = so.Kron(so.Toeplitz(torch.ones(1), torch.ones(2)), torch.ones(2, 1))
+    assert K.to_dense().stride() == K.T.to_dense().stride() == (2, 1)
+
+
 def test_factors_are_in_order_of_application_and_the_last_is_applied_first() -> None:
     K = so.Kron(matrix(2, 3), matrix(4, 5))
     assert [f.shape for f in so.factors(K)] == [(4, 5), (2, 3)]
