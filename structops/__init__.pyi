@@ -1,7 +1,6 @@
 # The public names; structops/__init__.py loads each on first use.
 
 from . import mup as mup
-from ._cola import kron as kron
 from .algebra.counting import factors as factors
 from .algebra.counting import flops as flops
 from .algebra.counting import macs as macs
@@ -29,6 +28,7 @@ from .operators import LowRank as LowRank
 from .operators import Monarch as Monarch
 from .operators import Permutation as Permutation
 from .operators import Toeplitz as Toeplitz
+from .operators.kron import kron as kron
 from .sampling import random as random
 from .spec import Structure as Structure
 from .spec import structure as structure

@@ -240,6 +240,8 @@ class StructuredOperator(LinearOperator):
         if isinstance(rows, list) and isinstance(cols, list):
             entries = [self[i, j] for i, j in zip(rows, cols, strict=True)]
             return _array.namespace(self.arrays_flat()[0]).stack(entries)
+        if not isinstance(rows, slice) or not isinstance(cols, slice):
+            raise IndexError(f"expected A[i], A[i, j], A[:, j], A[a:b, c:d] or A[[i, ...], [j, ...]], got A[{ids!r}]")
         return _cola.Sliced(A=self, slices=(rows, cols))
 
     def _unit(self, index: Integral, axis: int) -> Array:

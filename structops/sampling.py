@@ -44,7 +44,7 @@ def random(
         >>> random("btt(rank=2)", (16, 16), generator=torch.Generator().manual_seed(0))
         BTT(16x16; modes 4x4 by 4x4, rank 2; 256 params, 1 of dense; torch.float32)
     """
-    if not isinstance(shape, tuple) or len(shape) != 2:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise ShapeError(f"shape must be (out_features, in_features), got {shape!r}")
     out_features, in_features = shape
     plan = structure(spec).plan(in_features, out_features)

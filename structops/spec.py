@@ -248,7 +248,7 @@ def check_count(spec: Structure, name: str, value: Any, least: int = 1) -> None:
     Raises:
         StructureError: Anything else; a float is pointed to the budget ``params=``.
     """
-    if value is None:
+    if value is None and spec.__dataclass_fields__[name].default is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         share = isinstance(value, float) and hasattr(spec, "params")
@@ -269,7 +269,7 @@ def check_budget(spec: Structure, params: Any, rival: str, value: Any) -> None:
     if isinstance(params, bool) or not isinstance(params, (int, float)) or not params > 0:
         raise StructureError(
             f"{spec.name}: params is a share of the dense parameters such as 0.25, got {params!r}; "
-            f"a {rival} is given as {rival}="
+            f"the {rival} itself is given as {rival}="
         )
 
 

@@ -71,8 +71,8 @@ def macs(A: LinearOperator) -> int:
 def factors(A: LinearOperator) -> tuple:
     """The dense components in order of application, as `Factor` (sizes only).
 
-    Elementwise operators are blocks of 1 x 1, wrappers without parameters have no factors.  ``factors(A.T)`` is
-    ``factors(A)`` in reverse order with fan-in and fan-out exchanged.
+    Elementwise operators are blocks of 1 x 1, wrappers without parameters have no factors.  For a chain
+    ``factors(A.T)`` is ``factors(A)`` in reverse order with fan-in and fan-out exchanged.
 
     Raises:
         TypeError: For an operator that stores a function in place of numbers (Jacobian, Kernel).
@@ -252,7 +252,9 @@ def parameter_counts_view(A: _cola.Transpose | _cola.Adjoint | _cola.Sliced) -> 
 
 @factors.dispatch
 def factors_transpose(A: _cola.Transpose | _cola.Adjoint) -> tuple:
-    """In reverse order, fan-in and fan-out exchanged."""
+    """In reverse order, fan-in and fan-out exchanged; those of our own transpose where it has one."""
+    if isinstance(A.A, StructuredOperator):
+        return factors(A.A.T)
     return tuple(factor.T for factor in reversed(factors(A.A)))
 
 
@@ -263,8 +265,14 @@ def factors_sliced(A: _cola.Sliced) -> tuple:
 
 
 @macs.dispatch
-def macs_view(A: _cola.Transpose | _cola.Adjoint | _cola.Sliced) -> int:
-    """Those of the operator that is viewed: a slice applies all of it."""
+def macs_transpose(A: _cola.Transpose | _cola.Adjoint) -> int:
+    """Those of our own transpose where there is one: that of a convolution also multiplies by its padding."""
+    return macs(A.A.T) if isinstance(A.A, StructuredOperator) else macs(A.A)
+
+
+@macs.dispatch
+def macs_sliced(A: _cola.Sliced) -> int:
+    """A slice applies the whole operator."""
     return macs(A.A)
 
 

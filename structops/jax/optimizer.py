@@ -43,6 +43,8 @@ def lr_scales(
             return 1.0
         if isinstance(base, int):
             return width_ratio(base, layer, optimizer)
+        if not isinstance(base, nnx.Module):
+            raise StructureError(f"base is None, a fan-in or the base model, got {base!r}")
         if path not in bases:
             name = ".".join(path)
             raise StructureError(f"the base model has no layer {name!r}; it needs the same layers at another width")

@@ -175,6 +175,15 @@ class EinsumStructure(Structure):
         """
         if self.theta is not None and self.pattern is not None:
             raise StructureError("einsum: give either theta or pattern, not both")
+        if not isinstance(self.theta, tuple | None) or not isinstance(self.pattern, str | None):
+            raise StructureError(
+                f"einsum: theta is a tuple of 7 exponents and pattern a string such as 'cd, bd, ac -> ab', "
+                f"got theta={self.theta!r} and pattern={self.pattern!r}"
+            )
+        if not isinstance(self.sizes, tuple) or not all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in self.sizes
+        ):
+            raise StructureError(f"einsum: sizes is a mapping of labels to sizes, or pairs, got {self.sizes!r}")
         _check_point(self.theta or BTT_POINT, self.order)
         if self.pattern is not None:
             Chain(self.pattern, dict(self.sizes))

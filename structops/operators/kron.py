@@ -12,6 +12,7 @@ from structops import _array, _cola
 from structops._array import Array
 from structops.algebra.counting import factors, kronecker_factors, macs, positions
 from structops.chain import Chain
+from structops.operator import StructuredOperator
 from structops.operators.composite import CompositeOperator
 from structops.operators.dense import Dense
 from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
@@ -140,4 +141,38 @@ def factors_kron(A: Kron) -> tuple:
 @macs.dispatch(precedence=1)
 def macs_kron(A: Kron) -> int:
     """Each factor once per position of the other axes."""
+    if A.is_chain:
+        return A.chain.macs
     return sum(macs(M) * count for M, count in zip(A.applied, positions(A.applied), strict=True))
+
+
+def kron(A: Any, B: Any) -> _cola.LinearOperator:
+    """The Kronecker product of two operators or matrices, lazily: structures and matrices give a `Kron`.
+
+    Raises:
+        BackendError: numpy arrays, or a mixture of libraries.
+    """
+    return _cola.kron(*(M if isinstance(M, _cola.LinearOperator) else Dense(M) for M in (A, B)))
+
+
+@_cola.kron.dispatch(precedence=3)
+def kron_structures(A: StructuredOperator, B: StructuredOperator) -> _cola.LinearOperator:
+    """A x (B x C) = (A x B) x C = A x B x C."""
+    return Kron(*_kron_factors(A), *_kron_factors(B))
+
+
+@_cola.kron.dispatch(precedence=2)
+def kron_structure_left(A: StructuredOperator, B: _cola.LinearOperator) -> _cola.LinearOperator:
+    """Any operator may be a factor."""
+    return Kron(*_kron_factors(A), *_kron_factors(B))
+
+
+@_cola.kron.dispatch(precedence=1)
+def kron_structure_right(A: _cola.LinearOperator, B: StructuredOperator) -> _cola.LinearOperator:
+    """Any operator may be a factor."""
+    return Kron(*_kron_factors(A), *_kron_factors(B))
+
+
+def _kron_factors(A: _cola.LinearOperator) -> tuple[_cola.LinearOperator, ...]:
+    """The factors of a Kronecker product; a transpose stays whole, since it applies them in the other order."""
+    return A.Ms if isinstance(A, _cola.Kronecker) and not getattr(A, "is_transposed", False) else (A,)

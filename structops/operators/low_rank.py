@@ -106,7 +106,8 @@ class LowRankStructure(Structure):
         check_sizes(self, in_features, out_features)
         if self.params is not None:
             dense = in_features * out_features
-            rank = largest_within(self, self.params, dense, lambda r: r * (in_features + out_features), "rank")
+            cost = lambda r: low_rank_chain(out_features, r, in_features).num_params  # noqa: E731
+            rank = largest_within(self, self.params, dense, cost, "rank")
         else:
             rank = self.rank or math.isqrt(min(in_features, out_features) - 1) + 1
         warn_wasteful_rank(self, "rank", rank, min(in_features, out_features))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -87,20 +87,10 @@ class TrainOperator(ChainOperator):
         else:
             out_modes, in_modes = shapes[0][1:-2], shapes[-1][2:-1]
         ranks = tuple(shape[-1] for shape in shapes[:-1])
-        expected = cls.core_shapes(out_modes, in_modes, ranks)
-        if shapes != list(expected):
-            raise ShapeError(f"{name}: the cores {cls.axes} must chain, expected shapes {list(expected)}, got {shapes}")
+        expected = list(cls.textbook_shapes(train_chain(cls.kind, out_modes, in_modes, ranks))[::-1])
+        if shapes != expected:
+            raise ShapeError(f"{name}: the cores {cls.axes} must chain, expected shapes {expected}, got {shapes}")
         return out_modes, in_modes, ranks
-
-    @classmethod
-    def core_shapes(cls, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> Iterator[tuple[int, ...]]:
-        """Shapes of the cores in textbook order, for inner ranks ``ranks``."""
-        bonds = (1, *ranks, 1)
-        for t in range(len(out_modes)):
-            if cls.kind == "tt":
-                yield bonds[t], out_modes[t], in_modes[t], bonds[t + 1]
-            else:
-                yield bonds[t], *out_modes[t:], *in_modes[: t + 1], bonds[t + 1]
 
     @classmethod
     def textbook_shapes(cls, chain: Chain) -> tuple[tuple[int, ...], ...]:

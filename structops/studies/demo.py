@@ -140,21 +140,31 @@ def demo(
 
     An interrupt leaves the files with what was finished, and is raised again.
     """
-    products = _show_products(backend, 8 * width, seed, console)
     todo = jobs(backend, width, epochs, range(seed, seed + seeds), structures)
+    products: list[ProductRow] = []
     runs: list[Run] = []
+    summaries: list[Summary] = []
+
+    def save() -> None:
+        write_json(out / "demo.json", _data(products, runs, todo))
+
     try:
+        for row in _measure(backend, 8 * width, seed, console):
+            products.append(row)
+            save()
+        console.print(_product_table(products, backend, 8 * width))
         for run in _run_all(todo, console):
             runs.append(run)
-            write_json(out / "demo.json", _data(products, runs, todo))
+            save()
     finally:
-        summaries = summarise(runs)
-        if summaries:
-            write_json(out / "demo.json", _data(products, runs, todo))
+        if runs:
+            summaries = summarise(runs)
             write_figure(out / "curves.png", curves(runs))
             write_figure(out / "error-vs-macs.png", error_versus_macs(summaries))
             console.print(_summary_table(summaries, epochs))
-            console.print(f"{len(runs)} of {len(todo)} networks; in {out}: demo.json, curves.png, error-vs-macs.png")
+        console.print(
+            f"{len(runs)} of {len(todo)} networks; in {out}: {', '.join(sorted(p.name for p in out.glob('*.*')))}"
+        )
     return summaries
 
 
@@ -191,10 +201,14 @@ def _prepare_worker() -> None:
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
-def _show_products(backend: str, size: int, seed: int, console: Console) -> list[ProductRow]:
-    rows: list[ProductRow] = []
-    with console.status(f"products of structures at {size}x{size}"):
-        rows.extend(product_rows(size, TOKENS, backend, seed))
+def _measure(backend: str, size: int, seed: int, console: Console) -> Iterator[ProductRow]:
+    with console.status(f"products of structures at {size}x{size}") as status:
+        for row in product_rows(size, TOKENS, backend, seed):
+            status.update(f"products of structures at {size}x{size}: {row.structure}")
+            yield row
+
+
+def _product_table(rows: Sequence[ProductRow], backend: str, size: int) -> Any:
     dense = next(row for row in rows if row.structure == "dense")
     columns = ("structure", "params", "MACs", "of dense", "error", "µs", "of dense")
     cells = [
@@ -209,8 +223,7 @@ def _show_products(backend: str, size: int, seed: int, console: Console) -> list
         )
         for row in rows
     ]
-    console.print(table(f"Structures at {size}x{size}, {TOKENS} vectors ({backend}, float32)", columns, cells))
-    return rows
+    return table(f"Structures at {size}x{size}, {TOKENS} vectors ({backend}, float32)", columns, cells)
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:

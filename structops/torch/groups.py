@@ -81,6 +81,8 @@ def _rows(
             return 1.0
         if isinstance(base, int):
             return width_ratio(base, layer, optimizer)
+        if not isinstance(base, nn.Module):
+            raise StructureError(f"base is None, a fan-in or the base model, got {base!r}")
         if name not in bases:
             raise StructureError(f"the base model has no layer {name!r}; it needs the same layers at another width")
         return width_ratio(bases[name].in_features, layer, optimizer, bases[name].out_features)

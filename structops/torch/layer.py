@@ -50,10 +50,10 @@ class StructuredLinear(nn.Module):
         out_features: int,
         structure: str | Structure,
         bias: bool = True,
-        *,
-        zero_init: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        zero_init: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()

@@ -62,3 +62,18 @@ def test_multiplicities_of_block_diag_must_fit() -> None:
 
 def test_the_repr_of_many_blocks_is_short() -> None:
     assert len(repr(so.BlockDiag(*[matrix(2, 3)] * 100))) < 150
+
+
+def test_kron_of_structures_and_matrices_is_a_kron():
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    a, b, c = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3), (4, 2), (2, 2)))
+    flat = so.kron(so.kron(a, b), c)
+    assert type(flat) is so.Kron
+    assert [tuple(M.shape) for M in flat.Ms] == [(2, 3), (4, 2), (2, 2)]
+    np.testing.assert_allclose(flat.to_dense(), np.kron(np.kron(a, b), c), atol=1e-12)
+    mixed = so.kron(so.Kron(a, b).T, so.Circulant(c[0]))
+    assert type(mixed) is so.Kron
+    assert so.macs(so.Kron(a, b).T) == so.macs(so.Kron(a, b))
+    np.testing.assert_allclose(mixed.to_dense(), np.kron(np.kron(a, b).T, so.Circulant(c[0]).to_dense()), atol=1e-12)
+    with pytest.raises(so.BackendError, match="from_numpy"):
+        so.kron(np.eye(2), np.eye(2))
