@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import structops as so
@@ -27,6 +27,12 @@ PRODUCTS = (check_dense, check_right_products, check_left_products, check_adjoin
 FEWER = max(1, settings().max_examples // 6)  # JAX compiles each example anew
 
 
+def build(case: Case, backend: str, dtype: str, seed: int) -> tuple[Any, np.ndarray]:
+    """The operator and its matrix, unless sums cancel so far that rounding shows."""
+    assume(case.cancellation(case.draw(np.random.default_rng(seed), backend, dtype)) < 30)
+    return case.build(backend, dtype, seed)
+
+
 def test_every_registered_structure_is_drawn() -> None:
     assert {*SIMPLE, "Kron", "BlockDiag"} == set(so.OPERATORS)
 
@@ -36,13 +42,13 @@ def test_every_registered_structure_is_drawn() -> None:
 @given(data=st.data())
 def test_an_operator_is_its_matrix(name: str, data: st.DataObject) -> None:
     case, dtype, seed = data.draw(operator_cases(name)), data.draw(dtypes()), data.draw(seeds())
-    assert_operator_valid(*case.build("torch", dtype, seed), seed=seed, checks=PRODUCTS)
+    assert_operator_valid(*build(case, "torch", dtype, seed), seed=seed, checks=PRODUCTS)
 
 
 @pytest.mark.torch
 @given(operator_cases(), seeds())
 def test_an_operator_keeps_all_laws(case: Case, seed: int) -> None:
-    assert_operator_valid(*case.build("torch", seed=seed), seed=seed)
+    assert_operator_valid(*build(case, "torch", "float64", seed), seed=seed)
 
 
 @pytest.mark.jax
@@ -51,7 +57,7 @@ def test_an_operator_keeps_all_laws(case: Case, seed: int) -> None:
 def test_an_operator_is_its_matrix_in_jax(case: Case, dtype: str, seed: int) -> None:
     import jax
 
-    A, M = case.build("jax", dtype, seed)
+    A, M = build(case, "jax", dtype, seed)
     rng = np.random.default_rng(seed)
     x, y = draw_like(A, rng, (M.shape[1],)), draw_like(A, rng, (M.shape[0],))
     dense, right, left = jax.jit(lambda A, x, y: (A.to_dense(), A @ x, y @ A))(A, x, y)
@@ -103,7 +109,7 @@ def expressions(depth: int) -> st.SearchStrategy[Any]:
 def evaluate(tree: Any, dtype: str, seed: int) -> tuple[Any, np.ndarray]:
     """The operator and the matrix of a tree."""
     if isinstance(tree, Case):
-        return tree.build("torch", dtype, seed)
+        return build(tree, "torch", dtype, seed)
     verb, *below = tree
     (A, M), *more = (evaluate(branch, dtype, seed + k) for k, branch in enumerate(below))
     if more:

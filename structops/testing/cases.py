@@ -79,6 +79,11 @@ class Case:
         reference = self.reference or REFERENCES[self.structure.__name__]
         return reference(*(a.dense(x) if isinstance(a, Case) else _numpy(x) for a, x in pairs), **self.options)
 
+    def cancellation(self, arguments: Sequence[Any]) -> float:
+        """How many times the summands exceed the matrix; rounding errors are relative to the summands."""
+        summands = self.dense(_absolute(tuple(arguments)))
+        return float(np.linalg.norm(summands) / np.linalg.norm(self.dense(arguments)))
+
     def build(self, backend: str, dtype: str = "float64", seed: int = 0) -> tuple[Any, np.ndarray]:
         """The operator on a library, and its matrix."""
         arguments = self.draw(np.random.default_rng(seed), backend, dtype)
@@ -112,6 +117,12 @@ class Case:
 
 def _numpy(argument: Any) -> Any:
     return [to_numpy(x) for x in argument] if isinstance(argument, list) else to_numpy(argument)
+
+
+def _absolute(arguments: Any) -> Any:
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(map(_absolute, arguments))
+    return np.abs(to_numpy(arguments))
 
 
 def _zeros(argument: Any) -> Any:
