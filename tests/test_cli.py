@@ -63,10 +63,12 @@ def test_demo_writes_tables_numbers_and_plots(backend, tmp_path):
 def test_an_interrupted_demo_keeps_what_was_finished(tmp_path):
     pytest.importorskip("torch", reason="needs PyTorch")
     arguments = ("demo", "--epochs", "60", "--width", "16", "--out", str(tmp_path))
-    # A suite that runs in the background has SIGINT ignored, and so would have its children.
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen([*PROGRAM, *arguments], **quiet, **default) as process:
+    # A suite that runs in the background ignores SIGINT, and so would its children.
+    restore = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", restore, *PROGRAM, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 200
         while not (tmp_path / "demo.json").exists() or '"finished": "0' in (tmp_path / "demo.json").read_text():
             assert process.poll() is None, process.stderr.read()
