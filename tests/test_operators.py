@@ -367,7 +367,7 @@ def test_operators_of_two_libraries_are_refused(case: Case, backend: str) -> Non
     other = next(name for name in BACKENDS if name != backend)
     (A, _), (B, _) = case.build(backend), case.build(other)
     x = to_backend(np.ones(4), other)
-    for call in (py.matmul, py.add, so.Kron, so.BlockDiag):
+    for call in (py.matmul, py.add, so.kron, so.Kron, so.BlockDiag):
         with pytest.raises(so.BackendError, match=r"torch.*jax|jax.*torch"):
             call(A, B)
     for call in (lambda: A @ x, lambda: x @ A, lambda: A + x[None]):
