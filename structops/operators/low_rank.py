@@ -106,7 +106,10 @@ class LowRankStructure(Structure):
         check_sizes(self, in_features, out_features)
         if self.params is not None:
             dense = in_features * out_features
-            cost = lambda r: low_rank_chain(out_features, r, in_features).num_params  # noqa: E731
+
+            def cost(rank: int) -> int:
+                return low_rank_chain(out_features, rank, in_features).num_params
+
             rank = largest_within(self, self.params, dense, cost, "rank")
         else:
             rank = self.rank or math.isqrt(min(in_features, out_features) - 1) + 1
