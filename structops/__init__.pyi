@@ -5,6 +5,8 @@ from .algebra.counting import factors as factors
 from .algebra.counting import flops as flops
 from .algebra.counting import macs as macs
 from .algebra.counting import num_params as num_params
+from .algebra.scalar import Identity as Identity
+from .algebra.scalar import Zero as Zero
 from .chain import Chain as Chain
 from .chain import Factor as Factor
 from .contract import contract as contract
@@ -22,6 +24,7 @@ from .operators import BlockDiag as BlockDiag
 from .operators import Circulant as Circulant
 from .operators import Convolution as Convolution
 from .operators import Dense as Dense
+from .operators import Diagonal as Diagonal
 from .operators import Einsum as Einsum
 from .operators import Kron as Kron
 from .operators import LowRank as LowRank

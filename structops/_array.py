@@ -77,6 +77,17 @@ def is_complex(dtype: Dtype) -> bool:
     return "complex" in str(dtype)
 
 
+def complex_of(dtype: Dtype) -> Dtype:
+    """The complex dtype that a complex number gives numbers of this dtype."""
+    if is_complex(dtype):
+        return dtype
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return torch.promote_types(dtype, torch.complex64)
+    jnp = sys.modules["jax"].numpy
+    return jnp.promote_types(dtype, jnp.complex64)
+
+
 def is_floating(dtype: Dtype) -> bool:
     """Whether ``dtype`` is real or complex floating point: what parameters may be."""
     return "float" in str(dtype) or is_complex(dtype)
@@ -146,3 +157,26 @@ def normal(
 def split_key(key: Any, count: int) -> Any:
     """``count`` independent JAX keys."""
     return sys.modules["jax"].random.split(key, count)
+
+
+def zeros(shape: tuple[int, ...], like: Array, dtype: Dtype = None) -> Array:
+    """Zeros on the device of ``like``, in its dtype unless another is given."""
+    return like.new_zeros(shape, dtype=dtype) if backend_of(like) == "torch" else _full(shape, 0, like, dtype)
+
+
+def ones(shape: tuple[int, ...], like: Array, dtype: Dtype = None) -> Array:
+    """Ones on the device of ``like``, in its dtype unless another is given."""
+    return like.new_ones(shape, dtype=dtype) if backend_of(like) == "torch" else _full(shape, 1, like, dtype)
+
+
+def _full(shape: tuple[int, ...], value: int, like: Array, dtype: Dtype) -> Array:
+    filled = sys.modules["jax"].numpy.full(shape, value, dtype=like.dtype if dtype is None else dtype)
+    return move(filled, next(iter(like.devices()))) if is_concrete(like) else filled
+
+
+def eye(size: int, like: Array, dtype: Dtype = None) -> Array:
+    """The identity on the device of ``like``, in its dtype unless another is given."""
+    dtype = like.dtype if dtype is None else dtype
+    if backend_of(like) == "torch":
+        return sys.modules["torch"].eye(size, dtype=dtype, device=like.device)
+    return sys.modules["jax"].numpy.eye(size, dtype=dtype)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from numbers import Integral, Number
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -19,8 +18,6 @@ import numpy as np
 from structops import _array, _cola
 from structops._array import Array, Dtype
 from structops._cola import LinearOperator
-from structops.chain import Chain
-from structops.contract import contract, store, unstore
 from structops.errors import BackendError, ShapeError
 
 
@@ -34,7 +31,6 @@ class StructuredOperator(LinearOperator):
 
     leaves: ClassVar[tuple[str, ...]] = ()
     static: ClassVar[tuple[str, ...]] = ()
-    inferred: ClassVar[frozenset[type]] = frozenset()  # properties that every operator of the class has
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A plain object: CoLA's ``__new__`` looks for a device in all arguments."""
@@ -67,6 +63,11 @@ class StructuredOperator(LinearOperator):
 
     # --------------------------------------------------------------------------------------------------------- derived
 
+    @property
+    def inferred(self) -> set[type]:
+        """CoLA's properties that follow from the structure, or from those of the parts; never from values."""
+        return set()
+
     def parts(self) -> list[Any]:
         """The arrays and operators that the leaves hold, in order."""
         return list(_flat(getattr(self, name) for name in self.leaves))
@@ -92,8 +93,8 @@ class StructuredOperator(LinearOperator):
 
     @property
     def annotations(self) -> set[type]:
-        """CoLA's properties (SelfAdjoint, PSD, ...): those of the class and those that were declared."""
-        return set(self.inferred | getattr(self, "_declared", frozenset()))
+        """CoLA's properties (SelfAdjoint, PSD, ...): those that follow and those that were declared."""
+        return {*self.inferred, *getattr(self, "_declared", ())}
 
     @annotations.setter
     def annotations(self, values: set[type]) -> None:
@@ -140,23 +141,7 @@ class StructuredOperator(LinearOperator):
         return self._converted(device, dtype)
 
     def _converted(self, device: Any, dtype: Dtype) -> Self:
-        def convert(part: Any) -> Any:
-            if isinstance(part, StructuredOperator):
-                return part.to(device, dtype)
-            if isinstance(part, LinearOperator):
-                leaves, unflatten = part.flatten()
-                converted = unflatten([convert(leaf) if _array.is_array(leaf) else leaf for leaf in leaves])
-                converted.dtype = part.dtype if dtype is None else dtype  # CoLA would keep the old one
-                return converted
-            if dtype is not None and _array.is_floating(part.dtype):
-                if _array.is_complex(part.dtype) and not _array.is_complex(dtype):
-                    raise BackendError(
-                        f"{part.dtype} to {dtype} would drop the imaginary part; take the real part first"
-                    )
-                part = _array.cast(part, dtype)
-            return part if device is None else _array.move(part, device)
-
-        return self._map(convert)
+        return self._map(lambda part: converted(part, device, dtype))
 
     def to_dense(self) -> Array:
         """The matrix as one contiguous array of shape (out_features, in_features)."""
@@ -178,8 +163,6 @@ class StructuredOperator(LinearOperator):
         """``A @ X`` for an operator, a vector (in_features,) or a matrix (in_features, k)."""
         self._check_library(X)
         if isinstance(X, LinearOperator):
-            if X.shape[0] != self.shape[1]:
-                raise ShapeError(_mismatch(self, X))
             return _cola.dot(self, X)
         if X.ndim not in (1, 2):
             raise ShapeError(
@@ -194,8 +177,6 @@ class StructuredOperator(LinearOperator):
         """``X @ A`` for an operator or an array of shape (..., out_features)."""
         self._check_library(X)
         if isinstance(X, LinearOperator):
-            if X.shape[1] != self.shape[0]:
-                raise ShapeError(_mismatch(X, self))
             return _cola.dot(X, self)
         if X.ndim < 1 or X.shape[-1] != self.shape[0]:
             raise ShapeError(
@@ -271,6 +252,11 @@ class StructuredOperator(LinearOperator):
         children, aux = self.tree_flatten()
         return self.tree_unflatten(aux, [_map(child, function) for child in children])
 
+    def with_leaves(self, *children: Any) -> Self:
+        """The same operator with other arrays or operators, and without the properties that were declared."""
+        _, (values, _) = self.tree_flatten()
+        return self.tree_unflatten((values, frozenset()), children)
+
     def __repr__(self) -> str:
         """One line: structure, shape, sizes, parameters and their ratio to dense, dtype."""
         rows, cols = self.shape
@@ -284,91 +270,6 @@ class StructuredOperator(LinearOperator):
     def parameter_counts(self) -> dict[int, int]:
         """Parameters of every distinct array, by the array's identity, so that shared arrays are counted once."""
         return {id(array): math.prod(array.shape) for array in self.arrays_flat()}
-
-
-class ChainOperator(StructuredOperator):
-    """An operator that is a chain: its arrays, in order of application, and the pattern that says what they mean.
-
-    The transpose keeps the very same arrays and reverses the chain, so no structure needs a rule of its own.
-
-    Attributes:
-        arrays: The arrays as they were given, in order of application.
-        chain: The pattern.
-        flipped: The pattern of the transpose.
-        is_transposed: Whether this is the transpose of an operator with the textbook axes.
-    """
-
-    leaves = ("arrays",)
-    static = ("chain", "flipped", "is_transposed")
-    arrays: tuple[Array, ...]
-    chain: Chain
-    flipped: Chain  # kept, because deriving a pattern inside a compiled function breaks its graph
-    is_transposed: bool
-
-    def _set(self, chain: Chain, arrays: Sequence[Array]) -> None:
-        """Fill the fields from arrays in order of application; the one check of libraries and sizes."""
-        check_arrays(type(self).__name__, arrays)
-        self.chain, self.flipped, self.arrays, self.is_transposed = chain, flip(chain), tuple(arrays), False
-
-    @classmethod
-    def from_factors(cls, chain: Chain, factors: Sequence[Array]) -> Self:
-        """The operator of a chain of this structure from stored factors ``(blocks, fan_out, fan_in)``, as views."""
-        operator = object.__new__(cls)
-        arrays = [a.reshape(s) for a, s in zip(unstore(chain, factors), cls.textbook_shapes(chain), strict=True)]
-        operator._set(chain, arrays)
-        return operator
-
-    @classmethod
-    def textbook_shapes(cls, chain: Chain) -> tuple[tuple[int, ...], ...]:
-        """Shapes that the constructor takes, in order of application: by default one axis a label."""
-        return tuple(factor.shape for factor in chain.factors)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(out_features, in_features)``."""
-        return self.chain.shape
-
-    @property
-    def textbook(self) -> tuple[Array, ...]:
-        """The arrays in textbook order (the last applied first); those of the original if this is a transpose."""
-        return self.arrays if self.is_transposed else self.arrays[::-1]
-
-    def stored_factors(self) -> tuple[Array, ...]:
-        """The factors in order of application as ``(blocks, fan_out, fan_in)``, what layers keep."""
-        return store(self.chain, self.arrays)
-
-    def _matmat(self, X: Array) -> Array:
-        return multiply(self.chain, self.arrays, X.mT).mT
-
-    def _rmatmat(self, X: Array) -> Array:
-        return multiply(self.flipped, self.arrays[::-1], X)
-
-    def transposed(self) -> Self:
-        """The transpose: the same arrays in reverse order under the reversed chain."""
-        aux: tuple[Any, ...] = ((self.flipped, self.chain, not self.is_transposed), frozenset())
-        return self.tree_unflatten(aux, (self.arrays[::-1],))
-
-    def describe(self) -> str:
-        """The shape of every factor in order of application."""
-        return "factors " + ", ".join("x".join(map(str, factor.shape)) for factor in self.chain.factors)
-
-
-@cache
-def flip(chain: Chain) -> Chain:
-    """``chain.T``, derived once for all operators of a pattern."""
-    return chain.T
-
-
-def multiply(chain: Chain, arrays: Sequence[Array], x: Array) -> Array:
-    """The product of a chain and the last axis of x, in the dtype to which all promote.
-
-    Args:
-        chain: The pattern.
-        arrays: One array a factor in order of application, with the axes of its labels.
-        x: Shape ``(..., in_features)``.
-    """
-    dtype = _array.promote(x.dtype, *(array.dtype for array in arrays))
-    return contract(chain, store(chain, [_array.cast(array, dtype) for array in arrays]), _array.cast(x, dtype))
 
 
 def check_arrays(what: str, arrays: Sequence[Array]) -> None:
@@ -394,8 +295,47 @@ def check_axes(what: str, array: Array, *axes: str) -> None:
         raise ShapeError(f"{what} must have shape {' or '.join(axes)} of sizes from 1 on, got {tuple(array.shape)}")
 
 
-def _mismatch(left: LinearOperator, right: LinearOperator) -> str:
-    return f"cannot multiply {left!r} by {right!r}: {left.shape[1]} columns against {right.shape[0]} rows"
+def check_precision(what: str, dtype: Dtype) -> None:
+    """Linear algebra needs at least 32 bits.
+
+    Raises:
+        BackendError: The dtype has 16.
+    """
+    if _array.is_half(dtype):
+        raise BackendError(f"{what} needs float32 or more, got {dtype}; convert the operator with .to(dtype=...)")
+
+
+def apply_left(M: LinearOperator, X: Array) -> Array:
+    """``X @ M`` for X of shape (..., rows of M), also for an operator of CoLA, which takes matrices alone."""
+    if isinstance(M, StructuredOperator):
+        return M._rmatmat(X)
+    return M._rmatmat(X.reshape((-1, M.shape[0]))).reshape((*X.shape[:-1], M.shape[1]))
+
+
+def promoted_parts(Ms: Sequence[LinearOperator]) -> tuple[LinearOperator, ...]:
+    """Operators that are to be applied together: those of CoLA, which do not promote, in the dtype of the whole."""
+    dtype = _array.promote(*(M.dtype for M in Ms))
+    return tuple(M if M.dtype == dtype or isinstance(M, StructuredOperator) else converted(M, None, dtype) for M in Ms)
+
+
+def converted(part: Any, device: Any, dtype: Dtype) -> Any:
+    """An array or an operator on another device or in another dtype; integer arrays (indices) keep theirs.
+
+    Raises:
+        BackendError: The dtype would drop an imaginary part.
+    """
+    if isinstance(part, StructuredOperator):
+        return part.to(device, dtype)
+    if isinstance(part, LinearOperator):
+        leaves, unflatten = part.flatten()
+        result = unflatten([converted(leaf, device, dtype) if _array.is_array(leaf) else leaf for leaf in leaves])
+        result.dtype = part.dtype if dtype is None else dtype  # CoLA would keep the old one
+        return result
+    if dtype is not None and _array.is_floating(part.dtype):
+        if _array.is_complex(part.dtype) and not _array.is_complex(dtype):
+            raise BackendError(f"{part.dtype} to {dtype} would drop the imaginary part; take the real part first")
+        part = _array.cast(part, dtype)
+    return part if device is None else _array.move(part, device)
 
 
 def _flat(items: Any) -> Any:

@@ -26,6 +26,7 @@ LAYERS = (
     {"chain", "modes", "_array", "_plum"},
     {"contract", "_cola"},
     {"spec", "operator"},
+    {"chain_operator"},
     {"algebra"},
     {"operators"},
     {"projection", "mup"},
@@ -126,7 +127,17 @@ def test_files_are_short_and_say_what_they_are(path):
 
 def test_the_house_is_complete():
     files = [
-        *("chain.py", "contract.py", "modes.py", "spec.py", "operator.py", "sampling.py", "_plum.py", "_cola.py"),
+        *(
+            "chain.py",
+            "contract.py",
+            "modes.py",
+            "spec.py",
+            "operator.py",
+            "chain_operator.py",
+            "sampling.py",
+            "_plum.py",
+            "_cola.py",
+        ),
         *("cli.py", "doctor.py", "py.typed", "operators/__init__.py", "algebra/__init__.py", "mup/__init__.py"),
         *("torch/__init__.py", "jax/__init__.py", "studies/__init__.py", "testing/__init__.py"),
     ]

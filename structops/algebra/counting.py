@@ -16,7 +16,8 @@ from structops import _cola
 from structops._cola import LinearOperator
 from structops._plum import dispatch
 from structops.chain import Chain, Factor
-from structops.operator import ChainOperator, StructuredOperator
+from structops.chain_operator import ChainOperator
+from structops.operator import StructuredOperator
 from structops.spec import Plan
 
 Factors = tuple[Factor, ...]

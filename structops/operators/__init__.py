@@ -18,6 +18,7 @@ from structops.operators.circulant import Circulant as Circulant
 from structops.operators.toeplitz import Toeplitz as Toeplitz
 from structops.operators.convolution import Convolution as Convolution
 from structops.operators.permutation import Permutation as Permutation
+from structops.operators.diagonal import Diagonal as Diagonal
 
 OPERATORS: dict[str, type[StructuredOperator]] = {
     name: value

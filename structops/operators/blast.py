@@ -8,9 +8,10 @@ from functools import cache
 
 from structops._array import Array
 from structops.chain import Chain
+from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError
 from structops.modes import common_divisors
-from structops.operator import ChainOperator, check_arrays, check_axes
+from structops.operator import check_arrays, check_axes
 from structops.spec import (
     Structure,
     check_blocks,

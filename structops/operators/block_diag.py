@@ -10,10 +10,13 @@ from typing import Any, Self
 from structops import _array, _cola
 from structops._array import Array
 from structops.algebra.counting import factors
+from structops.algebra.product import product_rule, scaled
+from structops.algebra.scalar import scale_rule
+from structops.algebra.sum import sum_rule
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.modes import common_divisors
-from structops.operators.composite import CompositeOperator
+from structops.operators.composite import CompositeOperator, fused
 from structops.operators.dense import Dense
 from structops.spec import Structure, check_blocks, check_budget, check_count, check_sizes, register
 
@@ -147,3 +150,32 @@ class BlockDiagStructure(Structure):
 def factors_block_diag_chain(A: BlockDiag) -> tuple:
     """Those of its chain; where blocks differ, those of any block-diagonal operator."""
     return A.chain.factors if A.is_chain else factors.invoke(_cola.BlockDiag)(A)
+
+
+def conforms(A: _cola.BlockDiag, B: _cola.BlockDiag, axis: int, other: int) -> bool:
+    """Whether the blocks of A along one axis are those of B along another, repeats included."""
+    return tuple(A.multiplicities) == tuple(B.multiplicities) and [M.shape[axis] for M in A.Ms] == [
+        M.shape[other] for M in B.Ms
+    ]
+
+
+@product_rule.dispatch
+def blocks_times_blocks(A: BlockDiag, B: BlockDiag) -> _cola.LinearOperator | None:
+    """Block by block, where the sizes between them agree."""
+    if not conforms(A, B, 1, 0):
+        return None
+    return BlockDiag(*map(fused, A.Ms, B.Ms), multiplicities=A.multiplicities)
+
+
+@sum_rule.dispatch
+def blocks_plus_blocks(A: BlockDiag, B: BlockDiag) -> _cola.LinearOperator | None:
+    """Block by block, where all shapes agree."""
+    if not (conforms(A, B, 0, 0) and conforms(A, B, 1, 1)):
+        return None
+    return BlockDiag(*(M + N for M, N in zip(A.Ms, B.Ms, strict=True)), multiplicities=A.multiplicities)
+
+
+@scale_rule.dispatch
+def scale_blocks(A: BlockDiag, c: object) -> _cola.LinearOperator | None:
+    """Every block takes the number."""
+    return BlockDiag(*(scaled(M, c) for M in A.Ms), multiplicities=A.multiplicities)

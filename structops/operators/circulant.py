@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Self
 
 from structops import _array
-from structops._array import Array
+from structops._array import Array, Dtype
+from structops._cola import LinearOperator
 from structops.algebra.counting import factors, macs
+from structops.algebra.product import product_rule
+from structops.algebra.scalar import scale_rule
+from structops.algebra.sum import sum_rule
 from structops.chain import Factor
 from structops.errors import StructureError
-from structops.operator import StructuredOperator, check_arrays, check_axes
+from structops.operator import StructuredOperator, check_arrays, check_axes, check_precision
 from structops.spec import Plan, Structure, check_sizes, register
 
 
@@ -162,3 +166,37 @@ class CirculantStructure(Structure):
             )
         n = in_features
         return CirculantPlan(n, n, (circulant_factor(n),), fft_macs(n), ((1, 1, n),))
+
+
+def spectrum(A: Circulant) -> Array:
+    """The eigenvalues: the Fourier transform of the first column.
+
+    Raises:
+        BackendError: The column has 16 bits.
+    """
+    check_precision("a Fourier transform that is kept", A.dtype)
+    return _array.namespace(A.column).fft.fft(_array.cast(A.first_column, _array.complex_of(A.dtype)))
+
+
+def from_spectrum(values: Array, dtype: Dtype) -> Circulant:
+    """The circulant with these eigenvalues; real where the dtype is, when they come in conjugate pairs."""
+    column = _array.namespace(values).fft.ifft(values)
+    return Circulant(_array.cast(column if _array.is_complex(dtype) else column.real, dtype))
+
+
+@product_rule.dispatch
+def circulant_times_circulant(A: Circulant, B: Circulant) -> LinearOperator | None:
+    """Columns convolve, by FFT."""
+    return Circulant(cyclic_convolve(A.first_column, B.first_column))
+
+
+@sum_rule.dispatch
+def circulant_plus_circulant(A: Circulant, B: Circulant) -> LinearOperator | None:
+    """Columns add up."""
+    return Circulant(A.first_column + B.first_column)
+
+
+@scale_rule.dispatch
+def scale_circulant(A: Circulant, c: object) -> LinearOperator | None:
+    """The column takes the number."""
+    return A.with_leaves(A.column * c)

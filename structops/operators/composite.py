@@ -8,8 +8,10 @@ from typing import Any, ClassVar, Self
 from structops import _array, _cola
 from structops._array import Array
 from structops.algebra.counting import merged_counts
+from structops.algebra.properties import common
 from structops.chain import Chain
-from structops.operator import StructuredOperator, check_arrays, flip, multiply
+from structops.chain_operator import flip, multiply
+from structops.operator import StructuredOperator, check_arrays
 from structops.operators.dense import Dense
 
 
@@ -83,6 +85,11 @@ class CompositeOperator(StructuredOperator):
         result.is_transposed = not self.is_transposed
         return result
 
+    @property
+    def inferred(self) -> set[type]:
+        """What all parts are, the whole is."""
+        return common(self.Ms)
+
     def parameter_counts(self) -> dict[int, int]:
         """Those of all parts; an array that occurs twice once."""
         return merged_counts(self.Ms)
@@ -91,3 +98,13 @@ class CompositeOperator(StructuredOperator):
         """The shape and, where it has one, the structure of a part."""
         kind = "" if isinstance(M, Dense) else type(M).__name__ + " "
         return f"{kind}{M.shape[0]}x{M.shape[1]}"
+
+
+def fused(A: _cola.LinearOperator, B: _cola.LinearOperator) -> _cola.LinearOperator:
+    """``A @ B`` for parts: two matrices are multiplied, unless their product is larger than both together."""
+    if isinstance(A, Dense) and isinstance(B, Dense):
+        (m, k), n = A.shape, B.shape[1]
+        if m * n <= k * (m + n):
+            dtype = _array.promote(A.dtype, B.dtype)
+            return Dense(_array.cast(A.A, dtype) @ _array.cast(B.A, dtype))
+    return A @ B

@@ -9,7 +9,10 @@ from typing import Any, Literal, Self, get_args
 
 from structops import _array
 from structops._array import Array
+from structops._cola import LinearOperator
 from structops.algebra.counting import factors
+from structops.algebra.scalar import scale_rule
+from structops.algebra.sum import sum_rule
 from structops.chain import Factor
 from structops.errors import ShapeError, StructureError
 from structops.modes import nearest_multiples
@@ -291,3 +294,21 @@ class ConvolutionStructure(Structure):
         return ConvolutionPlan(
             in_features, out_features, (factor,), factor.macs, (stored,), geometry, shape, self.padding
         )
+
+
+@sum_rule.dispatch
+def convolution_plus_convolution(A: Convolution, B: Convolution) -> LinearOperator | None:
+    """Kernels add up, where geometry and channels agree."""
+    if A.geometry != B.geometry or A.channels != B.channels:
+        return None
+    if A.is_transposed and B.is_transposed:
+        return convolution_plus_convolution(A.T, B.T).T
+    if A.is_transposed or B.is_transposed:
+        return None
+    return A.with_leaves(A.stored_kernel + B.stored_kernel)
+
+
+@scale_rule.dispatch
+def scale_convolution(A: Convolution, c: object) -> LinearOperator | None:
+    """The kernel takes the number."""
+    return A.with_leaves(A.stored_kernel * c)

@@ -8,7 +8,8 @@ from functools import cache
 from structops import _array, _cola
 from structops._array import Array
 from structops.chain import Chain
-from structops.operator import ChainOperator, check_arrays, check_axes
+from structops.chain_operator import ChainOperator
+from structops.operator import check_arrays, check_axes
 from structops.spec import Structure, check_sizes, register
 
 
@@ -53,6 +54,10 @@ class Dense(ChainOperator, _cola.Dense):
     def A(self) -> Array:
         """The matrix; a view if this is a transpose."""
         return self.arrays[0].mT if self.is_transposed else self.arrays[0]
+
+    def untransposed(self) -> Dense:
+        """The transpose of a matrix is a matrix."""
+        return Dense(self.A) if self.is_transposed else self
 
     def to_dense(self) -> Array:
         """The matrix itself; a copy if it is a transposed view."""

@@ -9,8 +9,9 @@ from itertools import count
 
 from structops._array import Array
 from structops.chain import Chain
+from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
-from structops.operator import ChainOperator, check_arrays
+from structops.operator import check_arrays
 from structops.spec import Structure, check_sizes, register
 
 THETA = "abgdefr"  # alpha, beta, gamma, delta, epsilon, phi, rho of the follow-up paper

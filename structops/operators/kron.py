@@ -11,9 +11,12 @@ from typing import Any, Self
 from structops import _array, _cola
 from structops._array import Array
 from structops.algebra.counting import factors, kronecker_factors, macs, positions
+from structops.algebra.kronecker import kron_rule
+from structops.algebra.product import product_rule
+from structops.algebra.scalar import scale_rule
 from structops.chain import Chain
 from structops.operator import StructuredOperator
-from structops.operators.composite import CompositeOperator
+from structops.operators.composite import CompositeOperator, fused
 from structops.operators.dense import Dense
 from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
 from structops.spec import Structure, check_count, check_sizes, register, warn_capped_rank
@@ -157,22 +160,45 @@ def kron(A: Any, B: Any) -> _cola.LinearOperator:
 
 @_cola.kron.dispatch(precedence=3)
 def kron_structures(A: StructuredOperator, B: StructuredOperator) -> _cola.LinearOperator:
-    """A x (B x C) = (A x B) x C = A x B x C."""
-    return Kron(*_kron_factors(A), *_kron_factors(B))
+    """A x (B x C) = (A x B) x C = A x B x C, where the two have no simpler product."""
+    return _kron(A, B)
 
 
 @_cola.kron.dispatch(precedence=2)
 def kron_structure_left(A: StructuredOperator, B: _cola.LinearOperator) -> _cola.LinearOperator:
     """Any operator may be a factor."""
-    return Kron(*_kron_factors(A), *_kron_factors(B))
+    return _kron(A, B)
 
 
 @_cola.kron.dispatch(precedence=1)
 def kron_structure_right(A: _cola.LinearOperator, B: StructuredOperator) -> _cola.LinearOperator:
     """Any operator may be a factor."""
-    return Kron(*_kron_factors(A), *_kron_factors(B))
+    return _kron(A, B)
+
+
+def _kron(A: _cola.LinearOperator, B: _cola.LinearOperator) -> _cola.LinearOperator:
+    merged = kron_rule(A, B)
+    return Kron(*_kron_factors(A), *_kron_factors(B)) if merged is None else merged
 
 
 def _kron_factors(A: _cola.LinearOperator) -> tuple[_cola.LinearOperator, ...]:
     """The factors of a Kronecker product; a transpose stays whole, since it applies them in the other order."""
     return A.Ms if isinstance(A, _cola.Kronecker) and not getattr(A, "is_transposed", False) else (A,)
+
+
+@product_rule.dispatch
+def kron_times_kron(A: Kron, B: Kron) -> _cola.LinearOperator | None:
+    """The mixed product: factor by factor, where the sizes between them agree."""
+    if [M.shape[1] for M in A.Ms] != [M.shape[0] for M in B.Ms]:
+        return None
+    return Kron(*map(fused, A.Ms, B.Ms))
+
+
+@scale_rule.dispatch
+def scale_kron(A: Kron, c: object) -> _cola.LinearOperator | None:
+    """The smallest factor that can takes the number."""
+    for k in sorted(range(len(A.Ms)), key=lambda k: math.prod(A.Ms[k].shape)):
+        part = scale_rule(A.Ms[k], c)
+        if part is not None:
+            return Kron(*A.Ms[:k], part, *A.Ms[k + 1 :])
+    return None

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from structops._array import Array
+from structops._cola import LinearOperator
+from structops.algebra.product import product_rule
 from structops.chain import Chain
+from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError
-from structops.operator import ChainOperator, check_arrays, check_axes
+from structops.operator import check_arrays, check_axes
 from structops.spec import (
     Structure,
     check_budget,
@@ -76,6 +79,10 @@ class LowRank(ChainOperator):
         """The factor applied first, (rank, in_features)."""
         return self.arrays[0].mT if self.is_transposed else self.arrays[0]
 
+    def untransposed(self) -> LowRank:
+        """The transpose of a low-rank matrix has the textbook axes, too."""
+        return LowRank(self.left, self.right) if self.is_transposed else self
+
     @property
     def rank(self) -> int:
         """The inner size; the matrix rank is at most this."""
@@ -117,3 +124,22 @@ class LowRankStructure(Structure):
         return low_rank_chain(out_features, rank, in_features)
 
     build = staticmethod(LowRank.from_factors)
+
+
+@product_rule.dispatch(precedence=2)
+def low_rank_times_any(A: LowRank, B: LinearOperator) -> LinearOperator | None:
+    """B is applied to the rows on the right."""
+    return LowRank(A.left, A.right @ B)
+
+
+@product_rule.dispatch(precedence=3)
+def any_times_low_rank(A: LinearOperator, B: LowRank) -> LinearOperator | None:
+    """A is applied to the columns on the left."""
+    return LowRank(A @ B.left, B.right)
+
+
+@product_rule.dispatch(precedence=4)
+def low_rank_times_low_rank(A: LowRank, B: LowRank) -> LinearOperator | None:
+    """The smaller of the two ranks."""
+    between = A.right @ B.left
+    return LowRank(A.left, between @ B.right) if A.rank <= B.rank else LowRank(A.left @ between, B.right)

@@ -8,8 +8,9 @@ from functools import cache
 
 from structops._array import Array
 from structops.chain import Chain
+from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
-from structops.operator import ChainOperator, check_arrays, check_axes
+from structops.operator import check_arrays, check_axes
 from structops.spec import Structure, check_budget, check_count, check_sizes, register
 
 

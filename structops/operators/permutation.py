@@ -7,6 +7,11 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array, Dtype
+from structops._cola import LinearOperator
+from structops.algebra.kronecker import kron_rule
+from structops.algebra.product import product_rule
+from structops.chain import Step
+from structops.chain_operator import ChainOperator
 from structops.errors import BackendError, ShapeError
 from structops.operator import StructuredOperator, check_arrays, check_axes
 
@@ -40,7 +45,6 @@ class Permutation(StructuredOperator, _cola.Permutation):
 
     leaves = ("perm",)
     static = ("_dtype",)
-    inferred = frozenset({_cola.Unitary})
     perm: Array
     _dtype: Dtype
 
@@ -57,6 +61,11 @@ class Permutation(StructuredOperator, _cola.Permutation):
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""
         return (int(self.perm.shape[0]),) * 2
+
+    @property
+    def inferred(self) -> set[type]:
+        """Unitary."""
+        return {_cola.Unitary}
 
     @property
     def dtype(self) -> Dtype:
@@ -96,3 +105,52 @@ def _default_float(perm: Array) -> Dtype:
     if _array.backend_of(perm) == "torch":
         return sys.modules["torch"].get_default_dtype()
     return _array.namespace(perm).zeros(0).dtype
+
+
+@product_rule.dispatch
+def permutation_times_permutation(A: Permutation, B: Permutation) -> LinearOperator | None:
+    """``y = (x[B])[A] = x[B[A]]``."""
+    return Permutation(B.perm[A.perm], _array.promote(A.dtype, B.dtype))
+
+
+@kron_rule.dispatch
+def kron_permutations(A: Permutation, B: Permutation) -> LinearOperator | None:
+    """Digits permute one by one."""
+    perm = A.perm[:, None] * B.perm.shape[0] + B.perm[None, :]
+    return Permutation(perm.reshape((-1,)), _array.promote(A.dtype, B.dtype))
+
+
+@product_rule.dispatch
+def permutation_times_chain(P: Permutation, A: ChainOperator) -> LinearOperator | None:
+    """The factor that is applied last takes the permutation, if it emits all output labels."""
+    if A.is_transposed:
+        result = chain_times_permutation(A.T, P.T)
+        return None if result is None else result.T
+    return _reordered(A, P.perm, at_output=True)
+
+
+@product_rule.dispatch
+def chain_times_permutation(A: ChainOperator, P: Permutation) -> LinearOperator | None:
+    """The factor that is applied first takes the permutation, if it contracts all input labels."""
+    if A.is_transposed:
+        result = permutation_times_chain(P.T, A.T)
+        return None if result is None else result.T
+    return _reordered(A, P.inverse_perm, at_output=False)
+
+
+def _reordered(A: ChainOperator, perm: Array, *, at_output: bool) -> LinearOperator | None:
+    """The chain with the entries of its last or first factor along the output or input labels in another order."""
+    outer, position = (A.chain.terms[-1], len(A.arrays) - 1) if at_output else (A.chain.terms[0], 0)
+    step = A.chain.steps[-1 if at_output else 0]
+    if not isinstance(step, Step) or set(step.emitted if at_output else step.contracted) != set(outer):
+        return None
+    if A.shape != (A.chain.padded_out, A.chain.padded_in):
+        return None  # the padding would have to stay at the end
+    rest = "".join(label for label in step.labels if label not in outer)
+    order = tuple(step.labels.index(label) for label in outer + rest)
+    array = A.label_arrays[position]
+    moved = _array.permute(array, order)
+    mixed = moved.reshape((A.chain.size(outer), -1))[perm].reshape(moved.shape)
+    arrays = list(A.label_arrays)
+    arrays[position] = _array.permute(mixed, tuple(order.index(axis) for axis in range(array.ndim)))
+    return type(A).from_arrays(A.chain, arrays)

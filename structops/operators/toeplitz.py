@@ -8,10 +8,13 @@ from typing import Self
 
 from structops import _array
 from structops._array import Array
+from structops._cola import LinearOperator
 from structops.algebra.counting import factors, macs
+from structops.algebra.scalar import scale_rule
+from structops.algebra.sum import sum_rule
 from structops.chain import Factor
 from structops.operator import StructuredOperator, check_arrays, check_axes
-from structops.operators.circulant import cyclic_convolve, fft_macs
+from structops.operators.circulant import Circulant, cyclic_convolve, fft_macs
 from structops.spec import Plan, Structure, check_sizes, register
 
 
@@ -169,3 +172,16 @@ class ToeplitzStructure(Structure):
         count = in_features + out_features - 1
         factor = toeplitz_factor(out_features, in_features)
         return ToeplitzPlan(in_features, out_features, (factor,), fft_macs(fast_length(count)), ((1, 1, count),))
+
+
+@sum_rule.dispatch
+def toeplitz_plus_toeplitz(A: Toeplitz, B: Toeplitz | Circulant) -> LinearOperator | None:
+    """Diagonals add up; a circulant is Toeplitz."""
+    row = B.first_row if isinstance(B, Toeplitz) else B.T.first_column  # type: ignore[attr-defined]
+    return Toeplitz(A.first_column + B.first_column, A.first_row + row)
+
+
+@scale_rule.dispatch
+def scale_toeplitz(A: Toeplitz, c: object) -> LinearOperator | None:
+    """Column and row take the number."""
+    return A.with_leaves(A.column * c, A.row * c)

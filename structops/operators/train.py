@@ -11,8 +11,9 @@ from typing import Any
 from structops import modes as factorising
 from structops._array import Array
 from structops.chain import Chain
+from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
-from structops.operator import ChainOperator, check_arrays
+from structops.operator import check_arrays
 from structops.spec import (
     Structure,
     check_budget,

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from structops import _array
 from structops._array import Array
+from structops._cola import LinearOperator
+from structops.algebra.bonds import sum_chains
+from structops.algebra.kronecker import kron_rule
+from structops.algebra.product import product_rule
+from structops.algebra.sum import sum_rule
+from structops.operators.kron import Kron
 from structops.operators.train import TrainOperator, TrainStructure
 from structops.spec import register
 
@@ -50,6 +57,10 @@ class TT(TrainOperator):
         """The cores in textbook order; those of a transpose have m and n swapped."""
         return tuple(core.swapaxes(1, 2) for core in self.textbook) if self.is_transposed else self.textbook
 
+    def untransposed(self) -> TT:
+        """The transpose of a tensor-train has the textbook axes, too."""
+        return TT(self.cores) if self.is_transposed else self
+
 
 @register
 @dataclass(frozen=True)
@@ -58,3 +69,57 @@ class TTStructure(TrainStructure):
 
     name = "tt"
     build = staticmethod(TT.from_factors)
+
+
+def cores_of(A: TT | Kron) -> tuple[Array, ...]:
+    """The cores of a tensor-train; matrices of a Kronecker product are cores of rank 1."""
+    return A.cores if isinstance(A, TT) else tuple(M.A[None, :, :, None] for M in A.Ms)
+
+
+def is_train(A: TT | Kron) -> bool:
+    """Whether a Kronecker product is one of matrices."""
+    return isinstance(A, TT) or A.is_chain
+
+
+@product_rule.dispatch
+def train_times_train(A: TT, B: TT | Kron) -> LinearOperator | None:
+    """Where the modes between them agree, cores multiply and so do ranks."""
+    if not is_train(B):
+        return None
+    left, right = cores_of(A), cores_of(B)
+    if [core.shape[2] for core in left] != [core.shape[1] for core in right]:
+        return None
+    return TT([_core_product(G, H) for G, H in zip(left, right, strict=True)])
+
+
+@product_rule.dispatch
+def kron_times_train(A: Kron, B: TT) -> LinearOperator | None:
+    """A Kronecker product of matrices is a tensor-train of rank 1."""
+    return train_times_train(TT(cores_of(A)), B) if is_train(A) else None
+
+
+def _core_product(G: Array, H: Array) -> Array:
+    """``K[(r p), i, j, (s q)] = sum_k G[r, i, k, s] H[p, k, j, q]``."""
+    (r, m, _, s), (p, _, n, q) = G.shape, H.shape
+    dtype = _array.promote(G.dtype, H.dtype)
+    xp = _array.namespace(G)
+    K = xp.tensordot(_array.cast(G, dtype), _array.cast(H, dtype), axes=((2,), (1,)))  # r, i, s, p, j, q
+    return _array.permute(K, (0, 3, 1, 4, 2, 5)).reshape((r * p, m, n, s * q))
+
+
+@sum_rule.dispatch
+def train_plus_kron(A: TT, B: Kron) -> LinearOperator | None:
+    """Ranks add up."""
+    return sum_chains(A, TT(cores_of(B))) if is_train(B) else None
+
+
+@sum_rule.dispatch
+def kron_plus_kron(A: Kron, B: Kron) -> LinearOperator | None:
+    """Two Kronecker products of equal modes are a tensor-train of rank 2."""
+    return sum_chains(TT(cores_of(A)), TT(cores_of(B))) if is_train(A) and is_train(B) else None
+
+
+@kron_rule.dispatch
+def kron_trains(A: TT, B: TT) -> LinearOperator | None:
+    """Cores one after the other."""
+    return TT([*A.cores, *B.cores])

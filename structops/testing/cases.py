@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from structops._array import Array
-from structops.operator import ChainOperator
+from structops.chain_operator import ChainOperator
 from structops.operators import OPERATORS
 from structops.testing.arrays import dtype_of, normal, to_backend, to_numpy
 from structops.testing.references import REFERENCES
