@@ -107,6 +107,11 @@ def permutation(perm: np.ndarray) -> Matrix:
     return A
 
 
+def diagonal(diag: np.ndarray) -> Matrix:
+    """Numpy's diagonal matrix."""
+    return np.diag(diag)
+
+
 def convolution(kernel: np.ndarray, spatial_shape: int | Sequence[int], padding: str = "valid") -> Matrix:
     """``y[o, p] = sum over c, t of K[o, c, t] x[c, p + t - before]``, x zero or periodic outside."""
     c_out, c_in, *taps = kernel.shape
@@ -187,4 +192,5 @@ REFERENCES: dict[str, Callable[..., Matrix]] = {
     "Convolution": convolution,
     "Permutation": permutation,
     "Einsum": einsum,
+    "Diagonal": diagonal,
 }

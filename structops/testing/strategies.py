@@ -149,4 +149,5 @@ SIMPLE: dict[str, st.SearchStrategy[Case]] = {
     "Convolution": _convolutions(),
     "Permutation": st.builds(lambda n: _case("Permutation", Indices(n)), SIDE),
     "Einsum": _einsums(),
+    "Diagonal": st.builds(lambda n: _case("Diagonal", (n,)), SIDE),
 }
