@@ -155,7 +155,8 @@ def test_the_house_is_complete():
 
 PUBLIC = [
     *("Dense", "LowRank", "Kron", "TT", "BTT", "Monarch", "BlockDiag", "Circulant", "Toeplitz", "Convolution"),
-    *("Permutation", "BLAST", "Einsum", "kron", "num_params", "macs", "flops", "factors", "structure", "random", "mup"),
+    *("BLAST", "Einsum", "Permutation", "Diagonal", "Identity", "Zero"),
+    *("kron", "num_params", "macs", "flops", "factors", "structure", "random", "mup"),
     *("Chain", "Factor", "Structure", "contract", "OPERATORS"),
     *("BackendError", "DensifyWarning", "PatternError", "ShapeError", "StructureError", "StructureWarning"),
 ]

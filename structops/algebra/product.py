@@ -212,6 +212,7 @@ def dot_structure_left(A: StructuredOperator, B: LinearOperator) -> LinearOperat
 @_cola.dot.dispatch(precedence=1)
 def dot_structure_right(A: LinearOperator, B: StructuredOperator) -> LinearOperator:
     """An operator of CoLA, and a structure."""
+    B._check_library(A)
     return _dot(A, B)
 
 

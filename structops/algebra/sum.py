@@ -167,4 +167,5 @@ def add_structure_left(A: StructuredOperator, B: LinearOperator) -> LinearOperat
 @_cola.add.dispatch(precedence=1)
 def add_structure_right(A: LinearOperator, B: StructuredOperator) -> LinearOperator:
     """An operator of CoLA, and a structure."""
+    B._check_library(A)
     return add(A, B)

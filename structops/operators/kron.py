@@ -176,7 +176,8 @@ def kron_structure_right(A: _cola.LinearOperator, B: StructuredOperator) -> _col
     return _kron(A, B)
 
 
-def _kron(A: _cola.LinearOperator, B: _cola.LinearOperator) -> _cola.LinearOperator:
+def _kron(A: Any, B: Any) -> _cola.LinearOperator:
+    (A if isinstance(A, StructuredOperator) else B)._check_library(B if isinstance(A, StructuredOperator) else A)
     merged = kron_rule(A, B)
     return Kron(*_kron_factors(A), *_kron_factors(B)) if merged is None else merged
 

@@ -242,7 +242,7 @@ CASES: dict[str, list[Case]] = {
         _case("Einsum", [(2, 3, 2), (3, 2, 2)], pattern="kp, kqp, kq=rl, lsr -> sl", sizes={"r": 2, "l": 3}),
         _case("Einsum", [(2, 3), (2, 2)], pattern="ab, cb, ac=de, fe -> fd", sizes={"a": 2, "d": 2}),
     ],
-    "Diagonal": [_case("Diagonal", (n,)) for n in (4, 1, 5)],
+    "Diagonal": [_case("Diagonal", (n,), labels={"elementwise"}) for n in (4, 1, 5)],
 }
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from structops.algebra.counting import factors, flops, macs, num_params
+from structops.algebra.product import Product
+from structops.algebra.sum import Sum
 from structops.errors import BackendError, ShapeError
 from structops.operators.dense import Dense
 from structops.testing.arrays import assert_close, name_of, normal, to_backend, to_numpy
@@ -227,11 +229,16 @@ def check_repr(A: Any, M: Matrix, seed: int = 0) -> None:
 
 
 def check_counts(A: Any, M: Matrix, seed: int = 0) -> None:
-    """FLOPs are twice the MACs, the transpose has the same parameters, and sharing an operator adds none."""
-    _require(flops(A) == 2 * macs(A), f"{A!r}: {flops(A)} FLOPs, {macs(A)} MACs")
+    """FLOPs are twice the MACs; transposes and multiples have the same parameters, and sharing an operator adds none.
+
+    ``A.T @ A`` may be of another structure, and has the parameters of that.
+    """
+    for B in (A, A.T @ A):
+        _require(flops(B) == 2 * macs(B), f"{B!r}: {flops(B)} FLOPs, {macs(B)} MACs")
     _require(isinstance(factors(A), tuple), f"{A!r}: factors are a {type(factors(A)).__name__}")
     count = num_params(A)
-    for what, B in (("A.T", A.T), ("A.T @ A", A.T @ A), ("A + A", A + A), ("2 * A", 2 * A)):
+    lazy = {"A.T @ A, not merged,": Product(A.T, A), "A + A, not merged,": Sum(A, A)}
+    for what, B in {"A.T": A.T, "A + A": A + A, "2 * A": 2 * A, **lazy}.items():
         _require(num_params(B) == count, f"{what} has {num_params(B)} parameters, {A!r} has {count}")
 
 
