@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from structops.errors import BackendError
 
 Array = Any
@@ -59,6 +61,11 @@ def permute(x: Array, axes: tuple[int, ...]) -> Array:
     return x.permute(axes) if hasattr(x, "permute") else x.transpose(axes)
 
 
+def adjoint(x: Array) -> Array:
+    """The conjugate transpose of the last two axes; a view of a real array."""
+    return namespace(x).conj(x.mT) if is_complex(x.dtype) else x.mT
+
+
 def contiguous(x: Array) -> Array:
     """``x`` laid out row by row; JAX knows no other layout."""
     # Contiguous alone leaves odd strides along axes of size 1, at which torch.kron takes offence.
@@ -86,6 +93,16 @@ def complex_of(dtype: Dtype) -> Dtype:
         return torch.promote_types(dtype, torch.complex64)
     jnp = sys.modules["jax"].numpy
     return jnp.promote_types(dtype, jnp.complex64)
+
+
+def real_of(dtype: Dtype) -> Dtype:
+    """The dtype of the modulus of numbers of this dtype."""
+    if not is_complex(dtype):
+        return dtype
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return dtype.to_real()
+    return np.zeros((), dtype).real.dtype
 
 
 def is_floating(dtype: Dtype) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from structops import _array
 from structops import _plum as _guard  # noqa: F401  first, because the wrong plum makes the import of CoLA fail obscurely
+from structops.errors import ShapeError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # beartype complains about typing.Callable in CoLA's signatures
@@ -24,7 +25,26 @@ with warnings.catch_warnings():
     import plum
     from cola import PSD, SelfAdjoint, Stiefel, Unitary, kron, lazify
     from cola.fns import add, adjoint, dot, mul, transpose
-    from cola.linalg import Algorithm
+    from cola.linalg import (
+        LU,
+        Algorithm,
+        Arnoldi,
+        Auto,
+        Cholesky,
+        Eig,
+        Eigh,
+        Lanczos,
+        apply_unary,
+        diag,
+        eig,
+        exp,
+        inv,
+        log,
+        pinv,
+        pow,
+        slogdet,
+        trace,
+    )
     from cola.ops import (
         FFT,
         Adjoint,
@@ -50,16 +70,24 @@ with warnings.catch_warnings():
 
 __all__ = [
     "FFT",
+    "LU",
     "PSD",
     "Adjoint",
+    "Algorithm",
+    "Arnoldi",
+    "Auto",
     "BlockDiag",
+    "Cholesky",
     "Concatenated",
     "Dense",
     "Diagonal",
+    "Eig",
+    "Eigh",
     "Householder",
     "Identity",
     "KronSum",
     "Kronecker",
+    "Lanczos",
     "LinearOperator",
     "Permutation",
     "Product",
@@ -75,13 +103,28 @@ __all__ = [
     "Unitary",
     "add",
     "adjoint",
+    "apply_unary",
     "backend_functions",
+    "diag",
     "dot",
+    "eig",
+    "exp",
+    "inv",
     "kron",
     "lazify",
     "mul",
+    "pinv",
+    "pow",
+    "rules",
+    "slogdet",
+    "trace",
     "transpose",
 ]
+
+
+def rules(verb: Any) -> Any:
+    """The plum function behind a verb of CoLA, to register rules on and to ask for the rule of given types."""
+    return verb if hasattr(verb, "dispatch") else verb.__wrapped__
 
 
 def backend_functions(backend: str) -> types.ModuleType:
@@ -183,20 +226,32 @@ def _declared_leaves() -> None:
 
 
 def _determinants() -> None:
-    """``slogdet`` takes every permutation for even, so that half of all signs are wrong, and log|c| for that of c I."""
-    slogdet = cola.linalg.slogdet.__wrapped__
+    """``slogdet`` takes every permutation for even, so that half of all signs are wrong, and log|c| for that of c I.
 
-    @slogdet.dispatch(precedence=1)
+    Its iterative form returns ``|log det|``, whatever the sign of the logarithm.
+    """
+    slogdet_rules = rules(slogdet)
+
+    @slogdet_rules.dispatch(precedence=1)
     def slogdet_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm) -> Any:
         position = A.xnp.sort(A.perm)
         before = (position[:, None] < position[None, :]) & (A.perm[:, None] > A.perm[None, :])
         zero = A.xnp.array(0.0, dtype=A.dtype, device=A.device)
         return 1 - 2 * (before.sum() % 2) + zero, zero
 
-    @slogdet.dispatch(precedence=1)
+    @slogdet_rules.dispatch(precedence=1)
     def slogdet_scalar(A: ScalarMul, log_alg: Algorithm, trace_alg: Algorithm) -> Any:
         size = A.xnp.abs(A.c)
         return (A.c / size) ** A.shape[0], A.shape[0] * A.xnp.log(size)
+
+    @slogdet_rules.dispatch
+    def slogdet_iterative(A: LinearOperator, log_alg: Lanczos | Arnoldi, trace_alg: Algorithm) -> Any:
+        # The trace is log|det| + i times the argument, which is 0 or pi where the operator is real.
+        logarithm = trace(log(A, log_alg), trace_alg)
+        if not _array.is_complex(logarithm.dtype):
+            return 1 + 0 * logarithm, logarithm
+        sign = A.xnp.exp(1j * logarithm.imag)
+        return (sign if _array.is_complex(A.dtype) else A.xnp.sign(sign.real)), logarithm.real
 
 
 def _scalar_products() -> None:
@@ -217,28 +272,66 @@ def _scalar_products() -> None:
     ScalarMul.__init__ = init  # type: ignore[method-assign]
 
 
+def _transposes() -> None:
+    """The transpose of a complex self-adjoint operator is its conjugate, not itself."""
+
+    @transpose.dispatch(
+        cond=lambda A: A.isa(SelfAdjoint) and _array.is_complex(A.dtype) and not isinstance(A, (Transpose, Dense)),
+        precedence=1,
+    )
+    def transpose_hermitian(A: LinearOperator) -> LinearOperator:
+        return Transpose(A)
+
+
+def _sizes() -> None:
+    """A product of operators whose sizes do not fit fails with an ``assert`` that names no operator."""
+    stock = LinearOperator.__matmul__
+
+    def matmul(self: Any, X: Any) -> Any:
+        if isinstance(X, LinearOperator) and X.shape[0] != self.shape[1]:
+            raise ShapeError(f"cannot multiply {self!r} by {X!r}: {self.shape[1]} columns against {X.shape[0]} rows")
+        return stock(self, X)
+
+    LinearOperator.__matmul__ = matmul  # type: ignore[method-assign]
+
+
 def _torch_functions() -> None:
     """``torch.kron`` refuses matrices that are not contiguous, such as those of transposes."""
+    if (fns := _functions("torch")) is not None:
+        kron = fns.torch.kron
+        fns.kron = lambda A, B: kron(_array.contiguous(A), _array.contiguous(B))
+
+
+def _least_squares() -> None:
+    """``torch.linalg.lstsq``, with its default driver, is often wrong: for deficient ranks, and for wide blocks of full rank."""
+    if (fns := _functions("torch")) is not None:
+        fns.lstsq = lambda A, b: fns.torch.linalg.pinv(A) @ b
+
+
+def _complex_lu() -> None:
+    """The LU decomposition of a complex torch matrix casts its permutation to integers, which warns."""
+    if (fns := _functions("torch")) is not None:
+
+        def lu(A: Any) -> Any:
+            P, L, U = fns.torch.linalg.lu(A)
+            return P.abs().argmax(-1), L, U
+
+        fns.lu = lu
+
+
+def _functions(backend: str) -> Any:
+    """CoLA's function module of a backend, None where its library is not installed."""
     try:
-        import cola.backends.torch_fns as torch_fns
+        return backend_functions(backend)
     except ImportError:
-        return
-    kron = torch_fns.torch.kron
-    torch_fns.kron = lambda A, B: kron(_array.contiguous(A), _array.contiguous(B))
+        return None
 
 
 def _jax_functions() -> None:
     """JAX renamed ``clip``'s bounds; and CoLA asserts that JAX has exactly one device."""
-    try:
-        import cola.backends.jax_fns as jax_fns
-    except ImportError:
-        return
-
-    def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
-        return jax_fns.jnp.clip(x, min=a_min, max=a_max)
-
-    jax_fns.clip = clip
-    jax_fns.get_default_device = lambda: jax_fns.jax.local_devices()[0]
+    if (fns := _functions("jax")) is not None:
+        fns.clip = lambda x, a_min=None, a_max=None: fns.jnp.clip(x, min=a_min, max=a_max)
+        fns.get_default_device = lambda: fns.jax.local_devices()[0]
 
 
 REPAIRS = (
@@ -250,7 +343,11 @@ REPAIRS = (
     _declared_leaves,
     _determinants,
     _scalar_products,
+    _transposes,
+    _sizes,
     _torch_functions,
+    _least_squares,
+    _complex_lu,
     _jax_functions,
 )
 

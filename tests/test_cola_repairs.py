@@ -116,7 +116,9 @@ def _determinants() -> bool:
         for operator, dense in ((A, M), (-2 * A, -2 * M), (-3 * D, -3 * M[0].diag())):
             if not all(map(torch.allclose, cola.linalg.slogdet(operator), torch.linalg.slogdet(dense))):
                 return False
-    return True
+    small = cola.PSD(cola.ops.Dense(0.1 * torch.eye(3, dtype=torch.float64)))
+    _, logarithm = cola.linalg.slogdet(small, cola.linalg.Lanczos(max_iters=3), cola.linalg.Exact())
+    return bool(logarithm < 0)
 
 
 @probe
@@ -138,6 +140,56 @@ def _torch_functions() -> bool:
 
     A = cola.ops.Dense(torch.ones(2, 3))
     return cola.kron(cola.ops.Transpose(A), A).to_dense().shape == (6, 6)
+
+
+@probe
+def _least_squares() -> bool:
+    """The pseudo-inverse of a matrix of less than full rank."""
+    import cola
+    import torch
+
+    M = torch.tensor([[7, 7, 6, 7], [5, 5, 10, 5], [5, 5, 10, 5], [8, 8, 9, 8]], dtype=torch.float64)
+    return torch.allclose(cola.linalg.pinv(cola.ops.Dense(M)).to_dense(), torch.linalg.pinv(M))
+
+
+@probe
+def _complex_lu() -> bool:
+    """The inverse of a complex matrix gives no warning."""
+    import cola
+    import torch
+
+    torch.set_warn_always(True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cola.linalg.inv(cola.ops.Dense(torch.eye(2, dtype=torch.complex128)))
+    torch.set_warn_always(False)
+    return not any("imaginary" in str(warning.message) for warning in caught)
+
+
+@probe
+def _transposes() -> bool:
+    """The transpose of a complex Hermitian matrix."""
+    import cola
+    import torch
+
+    M = torch.tensor([[1, 1j], [-1j, 1]])
+    A = cola.SelfAdjoint(cola.ops.Triangular(M) + cola.ops.Triangular(0 * M))
+    return torch.equal(A.T.to_dense(), M.T)
+
+
+@probe
+def _sizes() -> bool:
+    """A product of operators that do not fit is a ValueError."""
+    import cola
+    import torch
+
+    try:
+        cola.ops.Dense(torch.eye(2)) @ cola.ops.Dense(torch.eye(3))
+    except ValueError:
+        return True
+    except AssertionError:
+        return False
+    return False
 
 
 @probe

@@ -6,6 +6,8 @@ The order is that of tables, and it matters where two structures meet: a rule fo
 
 from structops.operator import StructuredOperator
 from structops.operators.dense import Dense as Dense
+from structops.operators.permutation import Permutation as Permutation
+from structops.operators.diagonal import Diagonal as Diagonal
 from structops.operators.low_rank import LowRank as LowRank
 from structops.operators.kron import Kron as Kron
 from structops.operators.tt import TT as TT
@@ -17,8 +19,6 @@ from structops.operators.einsum import Einsum as Einsum
 from structops.operators.circulant import Circulant as Circulant
 from structops.operators.toeplitz import Toeplitz as Toeplitz
 from structops.operators.convolution import Convolution as Convolution
-from structops.operators.permutation import Permutation as Permutation
-from structops.operators.diagonal import Diagonal as Diagonal
 
 OPERATORS: dict[str, type[StructuredOperator]] = {
     name: value

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
+from structops._cola import Algorithm
 from structops.algebra.counting import factors
+from structops.algebra.determinant import combined, determinant_rule, of_zero
+from structops.algebra.diagonal import diagonal_rule, trace_rule
+from structops.algebra.eigen import Spectrum, eigen, eigen_rule, exp_rule, function_rule, power_rule
+from structops.algebra.inverse import inverse_rule, is_square, pinv_rule, singular
 from structops.algebra.product import product_rule, scaled
 from structops.algebra.scalar import scale_rule
 from structops.algebra.sum import sum_rule
+from structops.algebra.svd import SVD, svd, svd_rule
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.modes import common_divisors
-from structops.operators.composite import CompositeOperator, fused
+from structops.operators.composite import CompositeOperator, fused, part_inverse, part_pinv
 from structops.operators.dense import Dense
+from structops.operators.diagonal import Diagonal
+from structops.operators.permutation import ascending, descending
 from structops.spec import Structure, check_blocks, check_budget, check_count, check_sizes, register
 
 
@@ -179,3 +187,121 @@ def blocks_plus_blocks(A: BlockDiag, B: BlockDiag) -> _cola.LinearOperator | Non
 def scale_blocks(A: BlockDiag, c: object) -> _cola.LinearOperator | None:
     """Every block takes the number."""
     return BlockDiag(*(scaled(M, c) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@product_rule.dispatch
+def diagonal_times_blocks(D: _cola.Diagonal, A: BlockDiag) -> _cola.LinearOperator | None:
+    """Every block takes its part of the diagonal; blocks that repeat would no longer be equal."""
+    if set(A.multiplicities) != {1}:
+        return None
+    parts = _cut(D.diag, [M.shape[0] for M in A.Ms])
+    return BlockDiag(*(Diagonal(part) @ M for part, M in zip(parts, A.Ms, strict=True)))
+
+
+@product_rule.dispatch
+def blocks_times_diagonal(A: BlockDiag, D: _cola.Diagonal) -> _cola.LinearOperator | None:
+    """Every block takes its part of the diagonal; blocks that repeat would no longer be equal."""
+    if set(A.multiplicities) != {1}:
+        return None
+    parts = _cut(D.diag, [M.shape[1] for M in A.Ms])
+    return BlockDiag(*(M @ Diagonal(part) for part, M in zip(parts, A.Ms, strict=True)))
+
+
+def _cut(diag: Array, sizes: Sequence[int]) -> list[Array]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(diag[start : start + size])
+        start += size
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------- linear algebra
+
+
+@inverse_rule.dispatch
+def inverse_blocks(A: BlockDiag, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Block by block; with blocks that are not square the matrix is singular."""
+    if not all(map(is_square, A.Ms)):
+        raise singular(A, "its blocks are not square")
+    return BlockDiag(*(part_inverse(M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@pinv_rule.dispatch
+def pinv_blocks(A: BlockDiag, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Block by block."""
+    return BlockDiag(*(part_pinv(M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@determinant_rule.dispatch
+def determinant_blocks(A: BlockDiag, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """The product of those of the blocks; with blocks that are not square it is zero."""
+    if not all(map(is_square, A.Ms)):
+        return of_zero(A)
+    return combined([_cola.slogdet(M, log_alg, trace_alg) for M in A.Ms], list(A.multiplicities))
+
+
+@diagonal_rule.dispatch
+def diagonal_of_blocks(A: BlockDiag, k: int, alg: Algorithm) -> Any:
+    """Those of the blocks, where all are square."""
+    if k != 0 or not all(map(is_square, A.Ms)):
+        return None
+    diagonals = [(_cola.diag(M, 0, alg), count) for M, count in zip(A.Ms, A.multiplicities, strict=True)]
+    dtype = _array.promote(*(d.dtype for d, _ in diagonals))
+    return _array.namespace(diagonals[0][0]).concat([_array.cast(d, dtype) for d, n in diagonals for _ in range(n)])
+
+
+@trace_rule.dispatch
+def trace_of_blocks(A: BlockDiag, alg: Algorithm) -> Any:
+    """The sum of those of the blocks, where all are square."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    first, *others = (_cola.trace(M, alg) * n for M, n in zip(A.Ms, A.multiplicities, strict=True))
+    return sum(others, first)
+
+
+@eigen_rule.dispatch
+def eigen_blocks(A: BlockDiag, alg: Algorithm) -> Spectrum | None:
+    """Those of the blocks; their vectors are block-diagonal."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    parts = [eigen(M, alg) for M in A.Ms]
+    dtype = _array.promote(*(values.dtype for values, _ in parts))
+    repeated = [_array.cast(v, dtype) for (v, _), n in zip(parts, A.multiplicities, strict=True) for _ in range(n)]
+    vectors = BlockDiag(*(V for _, V in parts), multiplicities=A.multiplicities)
+    return ascending(_array.namespace(repeated[0]).concat(repeated), vectors)
+
+
+@function_rule.dispatch
+def function_of_blocks(f: Callable, A: BlockDiag, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Block by block."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    return BlockDiag(*(_cola.apply_unary(f, M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@exp_rule.dispatch
+def exp_of_blocks(A: BlockDiag, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Block by block."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    return BlockDiag(*(_cola.exp(M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@power_rule.dispatch
+def power_of_blocks(A: BlockDiag, alpha: float, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Block by block."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    return BlockDiag(*(_cola.pow(M, alpha, alg) for M in A.Ms), multiplicities=A.multiplicities)
+
+
+@svd_rule.dispatch
+def svd_blocks(A: BlockDiag) -> SVD | None:
+    """Those of the blocks; their vectors are block-diagonal."""
+    parts = [svd(M) for M in A.Ms]
+    values = [S for (_, S, _), n in zip(parts, A.multiplicities, strict=True) for _ in range(n)]
+    U, Vh = (
+        BlockDiag(*(part[side] for part in parts), multiplicities=A.multiplicities)  # type: ignore[arg-type]
+        for side in (0, 2)
+    )
+    return descending(U, _array.namespace(values[0]).concat(values), Vh)

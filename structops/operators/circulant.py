@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from structops import _array
+from structops import _array, _cola
 from structops._array import Array, Dtype
-from structops._cola import LinearOperator
+from structops._cola import Algorithm, LinearOperator
 from structops.algebra.counting import factors, macs
+from structops.algebra.determinant import determinant_rule
+from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.eigen import Spectrum, eigen_rule, exp_rule, function_rule
+from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.product import product_rule
 from structops.algebra.scalar import scale_rule
 from structops.algebra.sum import sum_rule
+from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.operator import StructuredOperator, check_arrays, check_axes, check_precision
+from structops.operators.diagonal import Diagonal
+from structops.operators.fourier import Fourier
+from structops.operators.permutation import ascending, descending
 from structops.spec import Plan, Structure, check_sizes, register
 
 
@@ -200,3 +208,69 @@ def circulant_plus_circulant(A: Circulant, B: Circulant) -> LinearOperator | Non
 def scale_circulant(A: Circulant, c: object) -> LinearOperator | None:
     """The column takes the number."""
     return A.with_leaves(A.column * c)
+
+
+# ---------------------------------------------------------------------------------------------------- linear algebra
+
+
+@inverse_rule.dispatch
+def inverse_circulant(A: Circulant, alg: Algorithm) -> LinearOperator | None:
+    """Reciprocal eigenvalues."""
+    return from_spectrum(1 / spectrum(A), A.dtype)
+
+
+@pinv_rule.dispatch
+def pinv_circulant(A: Circulant, alg: Algorithm) -> LinearOperator | None:
+    """Reciprocal eigenvalues, and 0 of those that are 0 beside the largest."""
+    return from_spectrum(reciprocal(spectrum(A)), A.dtype)
+
+
+@determinant_rule.dispatch
+def determinant_circulant(A: Circulant, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """The product of the eigenvalues; of a real matrix it is real."""
+    values = spectrum(A)
+    xp = _array.namespace(values)
+    size = xp.abs(values)
+    sign = xp.prod(values / size)
+    return (sign if _array.is_complex(A.dtype) else xp.sign(sign.real)), xp.sum(xp.log(size))
+
+
+@diagonal_rule.dispatch
+def diagonal_of_circulant(A: Circulant, k: int, alg: Algorithm) -> Any:
+    """One number, repeated."""
+    n = A.shape[0]
+    length = max(n - abs(k), 0)
+    return A.first_column[-k % n] * _array.ones((length,), A.column)
+
+
+@eigen_rule.dispatch
+def eigen_circulant(A: Circulant, alg: Algorithm) -> Spectrum | None:
+    """The Fourier transform of the first column, and Fourier vectors."""
+    values = spectrum(A)
+    return ascending(values, Fourier(A.shape[0], like=values).H)
+
+
+@function_rule.dispatch
+def function_of_circulant(f: Callable, A: Circulant, alg: Algorithm) -> LinearOperator | None:
+    """The function of the eigenvalues: circulant and complex, real for a self-adjoint real matrix."""
+    values = spectrum(A)
+    if A.isa(_cola.SelfAdjoint):
+        return from_spectrum(_array.cast(f(values.real), values.dtype), A.dtype)
+    return from_spectrum(f(values), values.dtype)
+
+
+@exp_rule.dispatch
+def exp_of_circulant(A: Circulant, alg: Algorithm) -> LinearOperator | None:
+    """Circulant, in the dtype of A."""
+    values = spectrum(A)
+    return from_spectrum(_array.namespace(values).exp(values), A.dtype)
+
+
+@svd_rule.dispatch
+def svd_circulant(A: Circulant) -> SVD | None:
+    """The moduli of the eigenvalues, and Fourier vectors; complex."""
+    values = spectrum(A)
+    xp = _array.namespace(values)
+    size, F = xp.abs(values), Fourier(A.shape[0], like=values)
+    phase = xp.where(size == 0, xp.ones_like(values), values / xp.where(size == 0, xp.ones_like(size), size))
+    return descending(F.H @ Diagonal(phase), size, F)

@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Self
 
 from structops import _array, _cola
 from structops._array import Array
+from structops._cola import Algorithm
 from structops.algebra.counting import merged_counts
 from structops.algebra.properties import common
 from structops.chain import Chain
 from structops.chain_operator import flip, multiply
-from structops.operator import StructuredOperator, check_arrays
+from structops.operator import StructuredOperator, check_arrays, check_precision
 from structops.operators.dense import Dense
 
 
@@ -108,3 +109,29 @@ def fused(A: _cola.LinearOperator, B: _cola.LinearOperator) -> _cola.LinearOpera
             dtype = _array.promote(A.dtype, B.dtype)
             return Dense(_array.cast(A.A, dtype) @ _array.cast(B.A, dtype))
     return A @ B
+
+
+def part_inverse(M: _cola.LinearOperator, alg: Algorithm) -> _cola.LinearOperator:
+    """The inverse of a part: of a matrix as a matrix, so that the whole stays a chain, else what CoLA's verb gives."""
+    if isinstance(M, Dense):
+        check_precision("an inverse", M.dtype)
+        return _keeping(M, Dense(_array.namespace(M.A).linalg.inv(M.A)))
+    return _cola.inv(M, alg)
+
+
+def part_pinv(M: _cola.LinearOperator, alg: Algorithm) -> _cola.LinearOperator:
+    """The pseudo-inverse of a part, as `part_inverse`."""
+    if isinstance(M, Dense):
+        check_precision("a pseudo-inverse", M.dtype)
+        return _keeping(M, Dense(_array.namespace(M.A).linalg.pinv(M.A)))
+    return _cola.pinv(M, alg)
+
+
+def _keeping(M: Dense, result: Dense) -> Dense:
+    result.annotations = common([M], _cola.SelfAdjoint)
+    return result
+
+
+def as_part(A: _cola.LinearOperator) -> _cola.LinearOperator:
+    """A matrix of CoLA as ours, so that the whole can be a chain."""
+    return Dense(A.A) if isinstance(A, _cola.Dense) and not isinstance(A, Dense) else A

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from structops import _array, _cola
 from structops._array import Array
-from structops._cola import LinearOperator
+from structops._cola import Algorithm, LinearOperator
+from structops.algebra.determinant import determinant_rule
+from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.eigen import Spectrum, eigen_rule, function_rule
+from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import product_rule
-from structops.algebra.scalar import scalar_of
+from structops.algebra.scalar import Identity, scalar_of
 from structops.algebra.sum import sum_rule
+from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.operator import check_arrays, check_axes
-from structops.operators.block_diag import BlockDiag
-from structops.operators.circulant import Circulant
-from structops.operators.toeplitz import Toeplitz
+from structops.operators.permutation import ascending, descending
 
 
 @cache
@@ -139,37 +142,59 @@ def _beside(chain: Chain, position: int) -> Sequence[Any]:
     return chain.steps[:1] if position == 0 else chain.steps[-1:]
 
 
-@product_rule.dispatch
-def diagonal_times_blocks(D: _cola.Diagonal, A: BlockDiag) -> LinearOperator | None:
-    """Every block takes its part of the diagonal; blocks that repeat would no longer be equal."""
-    if set(A.multiplicities) != {1}:
-        return None
-    parts = _cut(D.diag, [M.shape[0] for M in A.Ms])
-    return BlockDiag(*(Diagonal(part) @ M for part, M in zip(parts, A.Ms, strict=True)))
+# -------------------------------------------------------------------------------------------------- linear algebra
 
 
-@product_rule.dispatch
-def blocks_times_diagonal(A: BlockDiag, D: _cola.Diagonal) -> LinearOperator | None:
-    """Every block takes its part of the diagonal; blocks that repeat would no longer be equal."""
-    if set(A.multiplicities) != {1}:
-        return None
-    parts = _cut(D.diag, [M.shape[1] for M in A.Ms])
-    return BlockDiag(*(M @ Diagonal(part) for part, M in zip(parts, A.Ms, strict=True)))
+@inverse_rule.dispatch(precedence=1)
+def inverse_diagonal(A: Diagonal, alg: Algorithm) -> LinearOperator | None:
+    """Reciprocals."""
+    return Diagonal(1 / A.diag)
 
 
-def _cut(diag: Array, sizes: Sequence[int]) -> list[Array]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(diag[start : start + size])
-        start += size
-    return parts
+@pinv_rule.dispatch
+def pinv_diagonal(A: Diagonal, alg: Algorithm) -> LinearOperator | None:
+    """Reciprocals, and 0 of what is 0 beside the largest."""
+    return Diagonal(reciprocal(A.diag))
 
 
-@sum_rule.dispatch
-def toeplitz_plus_multiple(A: Toeplitz | Circulant, B: _cola.ScalarMul | _cola.Identity) -> LinearOperator | None:
-    """A multiple of the identity is Toeplitz, and circulant."""
-    c = scalar_of(B)
-    column = A.first_column
-    head = column[:1] + c
-    column = _array.namespace(column).concat([head, _array.cast(column[1:], head.dtype)])
-    return Circulant(column) if isinstance(A, Circulant) else Toeplitz(column, A.first_row)
+@determinant_rule.dispatch(precedence=1)
+def determinant_diagonal(A: Diagonal, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """The product of the entries."""
+    xp = _array.namespace(A.diag)
+    size = xp.abs(A.diag)
+    return xp.prod(A.diag / size), xp.sum(xp.log(size))
+
+
+@diagonal_rule.dispatch(precedence=1)
+def diagonal_of_diagonal(A: Diagonal, k: int, alg: Algorithm) -> Any:
+    """The entries, or zeros beside them."""
+    return A.diag if k == 0 else _array.zeros((max(A.shape[0] - abs(k), 0),), A.diag)
+
+
+@eigen_rule.dispatch
+def eigen_diagonal(A: Diagonal, alg: Algorithm) -> Spectrum | None:
+    """The entries, and unit vectors."""
+    return ascending(A.diag, Identity(A.shape[0], like=A.diag))
+
+
+@function_rule.dispatch
+def function_of_diagonal(f: Callable, A: Diagonal, alg: Algorithm) -> LinearOperator | None:
+    """Entry by entry."""
+    return Diagonal(f(A.diag))
+
+
+@svd_rule.dispatch
+def svd_diagonal(A: Diagonal) -> SVD | None:
+    """The moduli; the phases go with the left vectors."""
+    xp = _array.namespace(A.diag)
+    size = xp.abs(A.diag)
+    phase = xp.where(size == 0, xp.ones_like(A.diag), A.diag / xp.where(size == 0, xp.ones_like(size), size))
+    U = Diagonal(phase)
+    U.annotations = U.annotations | {_cola.Unitary}
+    return descending(U, size, Identity(A.shape[0], like=A.diag))
+
+
+def through_spectrum(f: Callable, A: LinearOperator, spectrum: Spectrum) -> LinearOperator:
+    """``V f(values) V^-1``, with ``V^H`` for the inverse where A is self-adjoint."""
+    V = spectrum.vectors
+    return V @ Diagonal(f(spectrum.values)) @ (V.H if A.isa(_cola.SelfAdjoint) else _cola.inv(V))

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array
+from structops._cola import Algorithm
 from structops.algebra.counting import factors, kronecker_factors, macs, positions
+from structops.algebra.determinant import combined, determinant_rule, of_zero
+from structops.algebra.diagonal import diagonal_rule, trace_rule
+from structops.algebra.eigen import Spectrum, eigen, eigen_rule, function_rule, power_rule
+from structops.algebra.inverse import inverse_rule, is_square, pinv_rule, singular
 from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import product_rule
 from structops.algebra.scalar import scale_rule
+from structops.algebra.svd import SVD, svd, svd_rule
 from structops.chain import Chain
 from structops.operator import StructuredOperator
-from structops.operators.composite import CompositeOperator, fused
+from structops.operators.composite import CompositeOperator, as_part, fused, part_inverse, part_pinv
 from structops.operators.dense import Dense
+from structops.operators.diagonal import through_spectrum
+from structops.operators.permutation import ascending, descending
 from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
 from structops.spec import Structure, check_count, check_sizes, register, warn_capped_rank
 
@@ -203,3 +211,89 @@ def scale_kron(A: Kron, c: object) -> _cola.LinearOperator | None:
         if part is not None:
             return Kron(*A.Ms[:k], part, *A.Ms[k + 1 :])
     return None
+
+
+# ---------------------------------------------------------------------------------------------------- linear algebra
+
+
+@inverse_rule.dispatch
+def inverse_kron(A: Kron, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Factor by factor; with factors that are not square the matrix is singular."""
+    if not all(map(is_square, A.Ms)):
+        raise singular(A, "its factors are not square")
+    return Kron(*(part_inverse(M, alg) for M in A.Ms))
+
+
+@pinv_rule.dispatch
+def pinv_kron(A: Kron, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Factor by factor, of any shape."""
+    return Kron(*(part_pinv(M, alg) for M in A.Ms))
+
+
+@determinant_rule.dispatch
+def determinant_kron(A: Kron, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """Each factor's as often as the others have rows; with factors that are not square it is zero."""
+    if not all(map(is_square, A.Ms)):
+        return of_zero(A)
+    powers = [A.shape[0] // M.shape[0] for M in A.Ms]
+    return combined([_cola.slogdet(M, log_alg, trace_alg) for M in A.Ms], powers)
+
+
+@diagonal_rule.dispatch
+def diagonal_of_kron(A: Kron, k: int, alg: Algorithm) -> Any:
+    """All products of the diagonals' entries, where all factors are square."""
+    if k != 0 or not all(map(is_square, A.Ms)):
+        return None
+    return outer([_cola.diag(M, 0, alg) for M in A.Ms])
+
+
+@trace_rule.dispatch
+def trace_of_kron(A: Kron, alg: Algorithm) -> Any:
+    """The product of traces, where all factors are square."""
+    return math.prod(_cola.trace(M, alg) for M in A.Ms) if all(map(is_square, A.Ms)) else None
+
+
+@eigen_rule.dispatch
+def eigen_kron(A: Kron, alg: Algorithm) -> Spectrum | None:
+    """All products of eigenvalues; the vectors are Kronecker products."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    return ascending(*_unsorted_spectrum(A, alg))
+
+
+def _unsorted_spectrum(A: Kron, alg: Algorithm) -> Spectrum:
+    parts = [eigen(M, alg) for M in A.Ms]
+    return Spectrum(outer([values for values, _ in parts]), Kron(*(as_part(V) for _, V in parts)))
+
+
+def outer(vectors: Sequence[Array]) -> Array:
+    """All products of one entry each, the first index the most significant."""
+    dtype = _array.promote(*(v.dtype for v in vectors))
+    first, *others = (_array.cast(v, dtype) for v in vectors)
+    for v in others:
+        first = (first[:, None] * v[None, :]).reshape((-1,))
+    return first
+
+
+@function_rule.dispatch
+def function_of_kron(f: Callable, A: Kron, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Through the eigenvectors of the factors: a product of a Kronecker product, a diagonal, and another."""
+    if not all(map(is_square, A.Ms)):
+        return None
+    return through_spectrum(f, A, _unsorted_spectrum(A, alg))
+
+
+@power_rule.dispatch
+def power_of_kron(A: Kron, alpha: float, alg: Algorithm) -> _cola.LinearOperator | None:
+    """Factor by factor for a whole number or positive semidefinite factors; else the branch could be another."""
+    if not all(map(is_square, A.Ms)) or not (alpha.is_integer() or all(M.isa(_cola.PSD) for M in A.Ms)):
+        return None
+    return Kron(*(as_part(_cola.pow(M, alpha, alg)) for M in A.Ms))
+
+
+@svd_rule.dispatch
+def svd_kron(A: Kron) -> SVD | None:
+    """All products of singular values; the vectors are Kronecker products."""
+    parts = [svd(M) for M in A.Ms]
+    U, Vh = (Kron(*(as_part(part[side]) for part in parts)) for side in (0, 2))
+    return descending(U, outer([part.S for part in parts]), Vh)

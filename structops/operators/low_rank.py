@@ -6,13 +6,19 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
+from structops import _array, _cola
 from structops._array import Array
-from structops._cola import LinearOperator
+from structops._cola import Algorithm, LinearOperator
+from structops.algebra.determinant import combined, determinant_rule
+from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.product import product_rule
+from structops.algebra.sum import Sum
+from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError
-from structops.operator import check_arrays, check_axes
+from structops.operator import StructuredOperator, check_arrays, check_axes
+from structops.operators.dense import Dense
 from structops.spec import (
     Structure,
     check_budget,
@@ -143,3 +149,65 @@ def low_rank_times_low_rank(A: LowRank, B: LowRank) -> LinearOperator | None:
     """The smaller of the two ranks."""
     between = A.right @ B.left
     return LowRank(A.left, between @ B.right) if A.rank <= B.rank else LowRank(A.left @ between, B.right)
+
+
+# ---------------------------------------------------------------------------------------------------- low-rank updates
+
+
+def low_rank_update(A: Sum, alg: Algorithm) -> tuple[LinearOperator, LinearOperator, LowRank] | None:
+    """For ``X + L`` with L of low rank and an X that has a direct inverse: X, its inverse, and L; else None."""
+    if len(A.Ms) != 2:
+        return None
+    for X, L in (A.Ms, A.Ms[::-1]):
+        if isinstance(L, LowRank) and not isinstance(X, LowRank) and isinstance(X, StructuredOperator):
+            inverse = X.H if X.isa(_cola.Unitary) else inverse_rule(X, alg)
+            if inverse is not None:
+                return X, inverse, L
+    return None
+
+
+def capacitance(inverse: LinearOperator, L: LowRank) -> tuple[Array, Array, Array]:
+    """``I + V X^-1 U``, ``X^-1 U`` and ``V X^-1`` for ``L = U V``."""
+    left, right = inverse @ L.left, L.right @ inverse
+    return _array.eye(L.rank, left) + L.right @ left, left, right
+
+
+@inverse_rule.dispatch
+def inverse_of_update(A: Sum, alg: Algorithm) -> LinearOperator | None:
+    """Woodbury: of ``X + U V`` it is ``X^-1 - X^-1 U (I + V X^-1 U)^-1 V X^-1``, again X's kind plus low rank."""
+    update = low_rank_update(A, alg)
+    if update is None:
+        return None
+    _, inverse, L = update
+    small, left, right = capacitance(inverse, L)
+    return inverse + LowRank(left, _array.namespace(small).linalg.solve(small, -right))
+
+
+@determinant_rule.dispatch
+def determinant_of_update(A: Sum, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """The determinant lemma: of ``X + U V`` it is ``det(X) det(I + V X^-1 U)``."""
+    update = low_rank_update(A, _cola.Auto())
+    if update is None:
+        return None
+    X, inverse, L = update
+    small, *_ = capacitance(inverse, L)
+    sign, log = _array.namespace(small).linalg.slogdet(small)
+    return combined([_cola.slogdet(X, log_alg, trace_alg), (sign, log)], [1, 1])
+
+
+@pinv_rule.dispatch
+def pinv_low_rank(A: LowRank, alg: Algorithm) -> LinearOperator | None:
+    """By its singular values: low rank again."""
+    U, S, Vh = svd_rule(A)
+    values = reciprocal(S, float(_array.namespace(S).finfo(S.dtype).eps) * max(A.shape))
+    return LowRank(_array.adjoint(Vh.A) * values, _array.adjoint(U.A))
+
+
+@svd_rule.dispatch
+def svd_low_rank(A: LowRank) -> SVD | None:
+    """QR of both factors, and the singular value decomposition of what is between: O((in + out) rank^2)."""
+    xp = _array.namespace(A.left)
+    Q, R = xp.linalg.qr(A.left)
+    P, T = xp.linalg.qr(_array.adjoint(A.right))
+    U, S, Vh = xp.linalg.svd(R @ _array.adjoint(T), full_matrices=False)
+    return SVD(Dense(Q @ U), S, Dense(Vh @ _array.adjoint(P)))

@@ -7,9 +7,14 @@ from typing import Any, Self
 
 from structops import _array, _cola
 from structops._array import Array, Dtype
-from structops._cola import LinearOperator
+from structops._cola import Algorithm, LinearOperator
+from structops.algebra.determinant import determinant_rule
+from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.eigen import Spectrum
 from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import product_rule
+from structops.algebra.scalar import Identity
+from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Step
 from structops.chain_operator import ChainOperator
 from structops.errors import BackendError, ShapeError
@@ -154,3 +159,51 @@ def _reordered(A: ChainOperator, perm: Array, *, at_output: bool) -> LinearOpera
     arrays = list(A.label_arrays)
     arrays[position] = _array.permute(mixed, tuple(order.index(axis) for axis in range(array.ndim)))
     return type(A).from_arrays(A.chain, arrays)
+
+
+# ---------------------------------------------------------------------------------------------------- linear algebra
+
+
+@determinant_rule.dispatch
+def determinant_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
+    """1 for an even permutation and -1 for an odd one: n minus the number of cycles exchanges.
+
+    The cycles are found by pointer jumping in log2 n steps, so that it runs under ``jit``.
+    """
+    xp, perm = _array.namespace(A.perm), A.perm
+    n = int(perm.shape[0])
+    least, jump = xp.minimum(xp.arange(n, dtype=perm.dtype) + 0 * perm, perm), perm
+    for _ in range(max(n - 1, 1).bit_length()):
+        least, jump = xp.minimum(least, least[jump]), jump[jump]
+    cycles = (least == xp.arange(n) + 0 * perm).sum()
+    one = _array.ones((), A.perm, A.dtype)
+    return one * (1 - 2 * ((n - cycles) % 2)), _array.zeros((), A.perm, _array.real_of(A.dtype))
+
+
+@diagonal_rule.dispatch
+def diagonal_of_permutation(A: Permutation, k: int, alg: Algorithm) -> Any:
+    """Ones where a feature stays in its place, or moves by k."""
+    n = A.shape[0]
+    rows = _array.namespace(A.perm).arange(max(-k, 0), max(min(n, n - k), max(-k, 0)))
+    return _array.cast(A.perm[max(-k, 0) : max(min(n, n - k), max(-k, 0))] == rows + k + 0 * A.perm[:1], A.dtype)
+
+
+@svd_rule.dispatch
+def svd_permutation(A: Permutation) -> SVD | None:
+    """All values are 1."""
+    ones = _array.ones((A.shape[0],), A.perm, _array.real_of(A.dtype))
+    return SVD(A, ones, Identity(A.shape[0], like=_array.ones((), A.perm, A.dtype)))
+
+
+def ascending(values: Array, vectors: LinearOperator) -> Spectrum:
+    """Eigenvalues by modulus, the smallest first, and the vectors in that order."""
+    xp = _array.namespace(values)
+    order = xp.argsort(xp.abs(values))
+    return Spectrum(values[order], vectors @ Permutation(order, vectors.dtype).T)
+
+
+def descending(U: LinearOperator, S: Array, Vh: LinearOperator) -> SVD:
+    """Singular values, the largest first, and the vectors in that order."""
+    xp = _array.namespace(S)
+    P = Permutation(xp.flip(xp.argsort(S), axis=0), S.dtype)
+    return SVD(U @ P.T, S[P.perm], P @ Vh)

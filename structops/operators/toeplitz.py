@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from structops import _array
+from structops import _array, _cola
 from structops._array import Array
-from structops._cola import LinearOperator
+from structops._cola import Algorithm, LinearOperator
 from structops.algebra.counting import factors, macs
-from structops.algebra.scalar import scale_rule
+from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.scalar import scalar_of, scale_rule
 from structops.algebra.sum import sum_rule
 from structops.chain import Factor
 from structops.operator import StructuredOperator, check_arrays, check_axes
@@ -185,3 +186,23 @@ def toeplitz_plus_toeplitz(A: Toeplitz, B: Toeplitz | Circulant) -> LinearOperat
 def scale_toeplitz(A: Toeplitz, c: object) -> LinearOperator | None:
     """Column and row take the number."""
     return A.with_leaves(A.column * c, A.row * c)
+
+
+@sum_rule.dispatch
+def toeplitz_plus_multiple(A: Toeplitz | Circulant, B: _cola.ScalarMul | _cola.Identity) -> LinearOperator | None:
+    """A multiple of the identity is Toeplitz, and circulant."""
+    column = A.first_column
+    head = column[:1] + scalar_of(B)
+    column = _array.namespace(column).concat([head, _array.cast(column[1:], head.dtype)])
+    return Circulant(column) if isinstance(A, Circulant) else Toeplitz(column, A.first_row)
+
+
+@diagonal_rule.dispatch
+def diagonal_of_toeplitz(A: Toeplitz, k: int, alg: Algorithm) -> Any:
+    """One number, repeated."""
+    rows, cols = A.shape
+    length = max(min(rows + min(k, 0), cols - max(k, 0)), 0)
+    if not length:
+        return _array.zeros((0,), A.column, A.dtype)
+    value = A.first_column[-k] if k <= 0 else A.first_row[k]
+    return value * _array.ones((length,), A.column, A.dtype)
