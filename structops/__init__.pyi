@@ -5,8 +5,10 @@ from .algebra.counting import factors as factors
 from .algebra.counting import flops as flops
 from .algebra.counting import macs as macs
 from .algebra.counting import num_params as num_params
+from .algebra.rounding import compress as compress
 from .algebra.scalar import Identity as Identity
 from .algebra.scalar import Zero as Zero
+from .algebra.svd import svd as svd
 from .chain import Chain as Chain
 from .chain import Factor as Factor
 from .contract import contract as contract

@@ -303,7 +303,7 @@ def _torch_functions() -> None:
 
 
 def _least_squares() -> None:
-    """``torch.linalg.lstsq``, with its default driver, is often wrong: for deficient ranks, and for wide blocks of full rank."""
+    """The default driver of ``torch.linalg.lstsq`` is often wrong for deficient ranks, and for wide blocks of full rank."""
     if (fns := _functions("torch")) is not None:
         fns.lstsq = lambda A, b: fns.torch.linalg.pinv(A) @ b
 

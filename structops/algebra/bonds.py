@@ -87,7 +87,10 @@ def sum_chains(A: ChainOperator, B: ChainOperator) -> LinearOperator | None:
 
 
 def train_of(chain: Chain) -> str | None:
-    """The bonds between consecutive factors if every two neighbours share exactly one and no others do, else None."""
+    """The bonds between consecutive factors if every two neighbours share exactly one and no others do, else None.
+
+    All other labels must lie in consecutive factors, too, so that what is orthogonal block by block stays so.
+    """
     names = [step.labels for step in chain.factor_steps]
     inner = bonds(chain)
     found = ""
@@ -97,11 +100,16 @@ def train_of(chain: Chain) -> str | None:
             return None
         found += common[0]
     path = len(set(found)) == len(found) == len(inner) and len(names) == len(chain.steps)
-    return found if path and all(sum(label in name for name in names) == 2 for label in found) else None
+    return found if path and all(_is_run([label in name for name in names]) for label in set("".join(names))) else None
+
+
+def _is_run(present: list[bool]) -> bool:
+    """Whether all that is true is in one piece."""
+    return "".join("x" if here else " " for here in present).strip().count(" ") == 0
 
 
 def rounded(chain: Chain, arrays: Sequence[Array], ranks: Sequence[int]) -> tuple[Chain, list[Array], Array]:
-    """The train with shorter bonds, and the root of the sum of squares of all singular values that were dropped.
+    """The train with shorter bonds, and the relative error: the root of the sum of squares of what was dropped.
 
     Factors are orthogonalised from the last applied to the first, then every bond is cut by a singular value
     decomposition, from the first applied to the last.  The labels that two neighbours share beside the bond make blocks
@@ -122,7 +130,8 @@ def rounded(chain: Chain, arrays: Sequence[Array], ranks: Sequence[int]) -> tupl
         size_before, size[cut[k - 1]] = size[cut[k - 1]], int(Q.shape[-1])
         factors[k] = _tensor(Q, names[k], batch, rest, cut[k - 1], size)
         factors[k - 1] = _absorbed(R, factors[k - 1], names[k - 1], batch, cut[k - 1], size | {cut[k - 1]: size_before})
-    dropped: Any = 0.0
+    total = (xp.abs(factors[0]) ** 2).sum()  # all other factors have orthogonal columns now
+    dropped = 0 * total
     for k, rank in enumerate(ranks):  # the bond between factors k and k + 1
         batch, rest = _split(names[k], names[k + 1], cut[k])
         U, S, Vh = xp.linalg.svd(_matrix(factors[k], names[k], batch, rest, cut[k], size), full_matrices=False)
@@ -133,7 +142,7 @@ def rounded(chain: Chain, arrays: Sequence[Array], ranks: Sequence[int]) -> tupl
         push = S[..., :rank, None] * Vh[..., :rank, :]
         factors[k + 1] = _absorbed(push, factors[k + 1], names[k + 1], batch, cut[k], size | {cut[k]: size_before})
     result = Chain(chain.pattern, size, chain.in_features, chain.out_features)
-    return result, factors, dropped**0.5
+    return result, factors, xp.sqrt(dropped / total)
 
 
 def _split(name: str, neighbour: str, bond: str) -> tuple[str, str]:

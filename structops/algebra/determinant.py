@@ -93,7 +93,7 @@ def is_odd(chain: Chain) -> bool:
 
 
 def _inversions(state: str, target: str, size: dict[str, int]) -> int:
-    """Pairs that change order (right in parity) when the axes ``state`` become ``target``, by exchanges of neighbours."""
+    """Pairs that change order when the axes ``state`` become ``target`` by exchanges of neighbours; right in parity."""
     axes, count = list(state), 0
     for place, label in enumerate(target):
         for at in range(axes.index(label), place, -1):

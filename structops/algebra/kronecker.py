@@ -17,7 +17,7 @@ def kron_rule(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
 @kron_rule.dispatch
 def kron_identities(A: Identity, B: Identity) -> LinearOperator | None:
     """An identity."""
-    return Identity(A.shape[0] * B.shape[0], like=like(A))
+    return Identity(A.shape[0] * B.shape[0], like=like(A, _array.promote(A.dtype, B.dtype)))
 
 
 @kron_rule.dispatch(precedence=1)

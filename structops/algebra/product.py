@@ -23,7 +23,7 @@ from structops.algebra.counting import merged_counts
 from structops.algebra.properties import common, is_transpose_of
 from structops.algebra.scalar import ScalarMul, Zero, dtype_with, kept_by_scaling, like, scalar_of, scale_rule
 from structops.errors import ShapeError
-from structops.operator import StructuredOperator, apply_left, promoted_parts
+from structops.operator import StructuredOperator, apply_left, promoted, promoted_parts
 
 
 @dispatch
@@ -123,7 +123,7 @@ def product(*operators: LinearOperator) -> LinearOperator:
         stack = [next((M for M in operators if isinstance(M, _cola.Identity)), operators[0])]
         numbers = numbers if isinstance(stack[0], _cola.Identity) else numbers[1:]
     result = stack[0] if len(stack) == 1 else Product(*stack)
-    return reduce(scaled, numbers, result)
+    return reduce(scaled, numbers, promoted(result, operators))
 
 
 def _factored(operators: Iterable[LinearOperator]) -> tuple[list[Any], list[LinearOperator]]:

@@ -19,7 +19,7 @@ from structops.algebra.product import scaled
 from structops.algebra.properties import common, same
 from structops.algebra.scalar import ScalarMul, Zero, like, scalar_of, scale_rule
 from structops.errors import ShapeError
-from structops.operator import StructuredOperator, apply_left, promoted_parts
+from structops.operator import StructuredOperator, apply_left, promoted, promoted_parts
 
 
 @dispatch
@@ -108,7 +108,7 @@ def add(*operators: LinearOperator) -> LinearOperator:
         for term in M.Ms if isinstance(M, _cola.Sum) else (M,):
             _insert(terms, term)
     nonzero = [term for term in terms if not isinstance(term, Zero)] or terms[:1]
-    return nonzero[0] if len(nonzero) == 1 else Sum(*nonzero)
+    return promoted(nonzero[0] if len(nonzero) == 1 else Sum(*nonzero), operators)
 
 
 def _insert(terms: list[LinearOperator], term: LinearOperator) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from structops._array import Array
+from structops.algebra.rounding import HasRank
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
@@ -42,7 +43,7 @@ def infer_chain(pattern: str, shapes: Sequence[tuple[int, ...]], sizes: Mapping[
     return Chain(pattern, known)
 
 
-class Einsum(ChainOperator):
+class Einsum(HasRank, ChainOperator):
     r"""The matrix of any chain.
 
     **Definition.** \(y_{\mathrm{output}} = \sum x_{\mathrm{input}} \prod_k F_k\) over all labels that the output lacks;

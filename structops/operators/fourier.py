@@ -6,6 +6,7 @@ from typing import Self
 
 from structops import _array, _cola
 from structops._array import Array
+from structops.algebra.counting import complex_fft_macs, factors, macs
 from structops.operator import StructuredOperator, check_arrays
 
 
@@ -64,3 +65,15 @@ class Fourier(StructuredOperator):
     def parameter_counts(self) -> dict[int, int]:
         """No parameters."""
         return {}
+
+
+@factors.dispatch
+def factors_fourier(A: Fourier) -> tuple:
+    """A constant."""
+    return ()
+
+
+@macs.dispatch
+def macs_fourier(A: Fourier) -> int:
+    """One complex FFT."""
+    return complex_fft_macs(A.size)

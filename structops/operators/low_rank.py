@@ -12,6 +12,7 @@ from structops._cola import Algorithm, LinearOperator
 from structops.algebra.determinant import combined, determinant_rule
 from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.product import product_rule
+from structops.algebra.rounding import HasRank
 from structops.algebra.sum import Sum
 from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Chain
@@ -36,7 +37,7 @@ def low_rank_chain(out_features: int, rank: int, in_features: int) -> Chain:
     return Chain("j, sj, is -> i", {"i": out_features, "j": in_features, "s": rank})
 
 
-class LowRank(ChainOperator):
+class LowRank(HasRank, ChainOperator):
     r"""The product of a tall and a wide matrix.
 
     **Definition.** \(A = \mathrm{left}\,\mathrm{right}\), \(y_i = \sum_s L_{is} \sum_j R_{sj} x_j\); the chain

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from structops._array import Array
+from structops.algebra.rounding import HasRank
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
@@ -37,7 +38,7 @@ def monarch_chain(
     return Chain(pattern, sizes, in_features, out_features)
 
 
-class Monarch(ChainOperator):
+class Monarch(HasRank, ChainOperator):
     r"""The product of two block-diagonal matrices with a permutation between them.
 
     **Definition.** With b blocks, \(z_{kq} = \sum_p R_{kqp} x_{kp}\); z is flattened k-major and re-read as \(z_{rl}\)

@@ -10,6 +10,7 @@ from typing import Any
 
 from structops import modes as factorising
 from structops._array import Array
+from structops.algebra.rounding import HasRank
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError, StructureError
@@ -55,7 +56,7 @@ def _labels(letters: str, further: int, count: int) -> str:
     return letters[:count] + "".join(chr(further + i) for i in range(count - len(letters)))
 
 
-class TrainOperator(ChainOperator):
+class TrainOperator(HasRank, ChainOperator):
     """Base of TT and BTT: cores in textbook order, the last applied first."""
 
     kind: str
