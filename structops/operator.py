@@ -189,7 +189,7 @@ class StructuredOperator(LinearOperator):
         if isinstance(other, Number) and other == 0:
             return self
         self._check_library(other)
-        if tuple(other.shape) != self.shape:
+        if not isinstance(other, LinearOperator) and tuple(other.shape) != self.shape:
             raise ShapeError(f"cannot add {self!r} and a matrix of shape {tuple(other.shape)}")
         return _cola.add(self, other)
 
@@ -312,10 +312,21 @@ def apply_left(M: LinearOperator, X: Array) -> Array:
     return M._rmatmat(X.reshape((-1, M.shape[0]))).reshape((*X.shape[:-1], M.shape[1]))
 
 
-def promoted_parts(Ms: Sequence[LinearOperator]) -> tuple[LinearOperator, ...]:
-    """Operators that are to be applied together: those of CoLA, which do not promote, in the dtype of the whole."""
-    dtype = _array.promote(*(M.dtype for M in Ms))
-    return tuple(M if M.dtype == dtype or isinstance(M, StructuredOperator) else converted(M, None, dtype) for M in Ms)
+def promoted_parts(Ms: Sequence[Any], *, every: bool = False) -> tuple[Any, ...]:
+    """Operators that are to be applied together: those of CoLA, which do not promote, in the dtype of the whole.
+
+    Args:
+        Ms: The operators.
+        every: Whether ours are converted, too, since their arrays are to be multiplied.
+    """
+    keep = () if every else StructuredOperator
+    return tuple(M if isinstance(M, keep) else promoted(M, Ms) for M in Ms)
+
+
+def promoted(A: Any, operators: Sequence[Any]) -> Any:
+    """A result in the dtype to which the operators promote that it was made of; identities and zeros count, too."""
+    dtype = _array.promote(*(M.dtype for M in operators))
+    return A if A.dtype == dtype else converted(A, None, dtype)
 
 
 def converted(part: Any, device: Any, dtype: Dtype) -> Any:

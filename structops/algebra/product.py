@@ -197,19 +197,20 @@ def _dot(A: LinearOperator, B: LinearOperator) -> LinearOperator:
     return result
 
 
-@_cola.dot.dispatch(precedence=3)
+# Above CoLA's rules for identities, which look at neither shapes nor dtypes.
+@_cola.dot.dispatch(precedence=23)
 def dot_structures(A: StructuredOperator, B: StructuredOperator) -> LinearOperator:
     """Two structures."""
     return _dot(A, B)
 
 
-@_cola.dot.dispatch(precedence=2)
+@_cola.dot.dispatch(precedence=22)
 def dot_structure_left(A: StructuredOperator, B: LinearOperator) -> LinearOperator:
     """A structure, and an operator of CoLA."""
     return _dot(A, B)
 
 
-@_cola.dot.dispatch(precedence=1)
+@_cola.dot.dispatch(precedence=21)
 def dot_structure_right(A: LinearOperator, B: StructuredOperator) -> LinearOperator:
     """An operator of CoLA, and a structure."""
     B._check_library(A)

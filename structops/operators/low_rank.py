@@ -18,7 +18,7 @@ from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError
-from structops.operator import StructuredOperator, check_arrays, check_axes
+from structops.operator import StructuredOperator, check_arrays, check_axes, promoted_parts
 from structops.operators.dense import Dense
 from structops.spec import (
     Structure,
@@ -136,18 +136,21 @@ class LowRankStructure(Structure):
 @product_rule.dispatch(precedence=2)
 def low_rank_times_any(A: LowRank, B: LinearOperator) -> LinearOperator | None:
     """B is applied to the rows on the right."""
+    A, B = promoted_parts((A, B), every=True)
     return LowRank(A.left, A.right @ B)
 
 
 @product_rule.dispatch(precedence=3)
 def any_times_low_rank(A: LinearOperator, B: LowRank) -> LinearOperator | None:
     """A is applied to the columns on the left."""
+    A, B = promoted_parts((A, B), every=True)
     return LowRank(A @ B.left, B.right)
 
 
 @product_rule.dispatch(precedence=4)
 def low_rank_times_low_rank(A: LowRank, B: LowRank) -> LinearOperator | None:
     """The smaller of the two ranks."""
+    A, B = promoted_parts((A, B), every=True)
     between = A.right @ B.left
     return LowRank(A.left, between @ B.right) if A.rank <= B.rank else LowRank(A.left @ between, B.right)
 
