@@ -62,6 +62,30 @@ def demo(
 
 
 @app.command()
+def algebra(
+    costs: Annotated[bool, typer.Option("--costs", help="Time the verbs and fit how they grow with the size.")] = False,
+    backend: Annotated[Backend, typer.Option(help="Library that computes; with --costs.")] = Backend.torch,
+    largest: Annotated[int, typer.Option(min=256, help="Largest number of rows; with --costs.")] = 2**22,
+    out: Annotated[Path | None, typer.Option(help="File for the numbers, JSON; with --costs.")] = None,
+) -> None:
+    """Print which structure A @ B, A + B, kron(A, B) and the like have; or, with --costs, what they cost."""
+    if not costs:
+        from structops.studies.closure import closure_tables
+
+        for table in closure_tables():
+            console.print(table)
+        return
+    _require(backend.value)
+    from structops.studies.algebra import costs as run
+
+    try:
+        run(backend=backend.value, largest=largest, out=out, console=console)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted")
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def doctor() -> None:
     """Check the installation; exit with 1 and the repair command where something is wrong."""
     from structops.doctor import diagnose

@@ -14,6 +14,9 @@ import typer
 from rich.console import Console
 
 from structops import cli, doctor
+from structops.algebra import closure
+from structops.studies import algebra as study
+from structops.studies import closure as closure_tables
 
 PROGRAM = [sys.executable, "-m", "structops"]
 
@@ -25,9 +28,10 @@ def run(*arguments, **kwargs):
 def test_help_lists_the_commands_and_is_light():
     result = run("--help")
     assert result.returncode == 0
-    assert "demo" in result.stdout
-    assert "doctor" in result.stdout
-    code = "import structops.cli, sys; print([m for m in ('torch', 'jax', 'cola', 'matplotlib') if m in sys.modules])"
+    for command in ("demo", "algebra", "doctor"):
+        assert command in result.stdout
+    heavy = "('torch', 'jax', 'cola', 'matplotlib')"
+    code = f"import structops.cli, structops.studies.closure, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -92,6 +96,57 @@ def test_a_command_without_its_extras_names_them(monkeypatch, capsys):
     with pytest.raises(typer.Exit):
         cli._require("jax", "demo")
     assert "pip install 'structops[jax,demo]'" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- algebra
+
+
+def test_algebra_prints_the_closure_tables_in_a_terminal_of_100_columns():
+    result = run("algebra", env={**os.environ, "COLUMNS": "100"})
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    for verb, binary in closure.BINARY.items():
+        title = next(line for line in lines if f"{closure_tables.called(verb)}: A in rows" in line)
+        assert f"lazy {binary['*', '*']}" in title
+        table = lines[lines.index(title) :]
+        for name in closure.ROWS:
+            row = next(line for line in table if line.split()[:1] == [name])
+            assert row.split()[2:] == closure_tables.cells(verb, name)
+    unary = lines[lines.index(next(line for line in lines if line.startswith("One operator"))) :]
+    for name in closure.ROWS:
+        row = next(line for line in unary if line.split()[:1] == [name])
+        assert row.split()[1:] == [closure.closure(verb, name) for verb in closure.UNARY]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_algebra_measures_every_verb_at_growing_sizes(backend, tmp_path):
+    pytest.importorskip(backend, reason=f"needs {backend}")
+    # Most of the time in JAX is compiling.
+    env = {"COLUMNS": "120", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    small = ("--backend", backend, "--largest", "256", "--out", str(tmp_path / "costs.json"))
+    result = run("algebra", "--costs", *small, env={**os.environ, **env})
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "costs.json").read_text())
+    assert data["backend"] == backend
+    assert data["machine"]["versions"]["cola-ml"] == "0.0.7"
+    assert [(row["verb"], row["operands"], row["cost"]) for row in data["rows"]] == [
+        (case.verb, case.label, case.cost) for case in study.CASES
+    ]
+    for row in data["rows"]:
+        assert 2 <= len(row["sizes"]) == len(row["seconds"])
+        assert row["sizes"][-1] == 256
+        assert all(t > 0 for t in row["seconds"])
+        assert (row["exponent"] is None) == (row["fitted"] == 0)
+    for case in study.CASES:
+        assert case.verb in result.stdout
+        assert case.operands[0].split("(")[0].split()[0] in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
+
+
+def test_algebra_refuses_sizes_that_say_nothing():
+    assert run("algebra", "--costs", "--largest", "100").returncode == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- doctor
