@@ -22,6 +22,10 @@ class BackendError(TypeError):
     """An array of a library, or a mixture of libraries or dtypes, that structops does not compute with."""
 
 
+class GradientError(NotImplementedError):
+    """The gradient of an algorithm that has none; the message names those that have."""
+
+
 class StructureWarning(UserWarning):
     """A structure that works but wastes parameters or caps the rank below what its shape allows."""
 

@@ -24,7 +24,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors"},
     {"chain", "modes", "_array", "_plum"},
-    {"contract", "_cola"},
+    {"contract", "_implicit"},
+    {"_repairs"},
+    {"_cola"},
     {"spec", "operator"},
     {"chain_operator"},
     {"algebra"},
@@ -48,8 +50,8 @@ ALLOWED = {
     "flax": {"jax"} | ABOVE,
     "optax": {"jax"} | ABOVE,
     "equinox": {"jax"} | ABOVE,
-    "cola": {"_cola"},
-    "plum": {"_plum", "_cola", "doctor"},  # the doctor looks for the wrong one, which _plum refuses to import
+    "cola": {"_cola", "_repairs"},
+    "plum": {"_plum", "_repairs", "doctor"},  # the doctor looks for the wrong one, which _plum refuses to import
     "matplotlib": ABOVE,
     "sklearn": ABOVE,
     "scipy": ABOVE,

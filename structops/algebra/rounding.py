@@ -41,8 +41,8 @@ def compress(A: LinearOperator, rank: int | Sequence[int]) -> Compression:
     r"""The nearest operator of the same structure of a smaller rank.
 
     **Definition.** \(\arg\min_B \|A - B\|_F\) over operators B of A's structure, modes and the given rank.  Low
-    rank and everything of two factors (TT, BTT, Monarch, whose blocks are decomposed one by one): the minimum, by
-    Eckart and Young.  Trains of c > 2 cores: at most \(\sqrt{c - 1}\) times the least error, by successive decompositions.
+    rank and all chains of two factors (TT, BTT, Monarch, whose blocks are decomposed one by one): the minimum, by
+    Eckart and Young.  Trains of c > 2 cores: at most \(\sqrt{c - 1}\) times the least error.
 
     Args:
         A: A `LowRank`, `TT`, `BTT`, `Monarch` (blocks that divide the width between them), or an `Einsum` whose
