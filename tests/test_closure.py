@@ -17,9 +17,10 @@ from structops import _cola
 from structops.algebra.closure import BINARY, ROWS, UNARY, closure
 from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import Product, product_rule
-from structops.algebra.scalar import ScalarMul, scale_rule
+from structops.algebra.scalar import scale_rule
 from structops.algebra.sum import Sum, sum_rule
 from structops.testing import Case, assert_close, operator_cases, representatives, to_backend, to_numpy
+from structops.testing.cases import identity_case, multiple_case, zero_case
 from structops.testing.checks import draw_like, norm
 
 Pair = tuple[Any, np.ndarray]  # an operator, and its matrix built in another way
@@ -29,18 +30,12 @@ VERBS: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
     "kron": (so.kron, np.kron),
 }
 CASES = {case.structure.__name__: case for case in representatives()}
+CASES |= {"Identity": identity_case(4), "Zero": zero_case(4, 4), "ScalarMul": multiple_case(4)}
 
 
 def build(name: str, backend: str = "torch", dtype: str = "float64", seed: int = 0) -> Pair:
     """The 4 x 4 operator of a row of the table."""
-    if name in CASES:
-        return CASES[name].build(backend, dtype, seed)
-    c = to_backend(np.array(2.5 + seed), backend, dtype)
-    return {
-        "Identity": lambda: (so.Identity(4, like=c), np.eye(4)),
-        "Zero": lambda: (so.Zero(4, 4, like=c), np.zeros((4, 4))),
-        "ScalarMul": lambda: (ScalarMul(c, 4), (2.5 + seed) * np.eye(4)),
-    }[name]()
+    return CASES[name].build(backend, dtype, seed)
 
 
 def assert_matrix(A: Any, M: np.ndarray, scale: float) -> None:
@@ -229,7 +224,7 @@ def test_pairs_with_lazy_operators_and_those_of_cola(name: str, verb: str) -> No
     combine, expected = VERBS[verb]
     B, N = others()[name]
     # ``test_operators.py`` has the structures beside the operators of CoLA.
-    rows = [row for row in ROWS if name in OURS or row not in CASES]
+    rows = [row for row in ROWS if name in OURS or row not in so.OPERATORS]
     ours = {row: build(row, seed=1) for row in rows} | {key: others()[key] for key in OURS}
     for A, M in ours.values():
         for left, P, right, Q in ((A, M, B, N), (B, N, A, M)):

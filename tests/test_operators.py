@@ -25,6 +25,7 @@ from structops.testing import (
     installed_backends,
     operator_cases,
     representatives,
+    scalar_cases,
     to_backend,
     to_numpy,
 )
@@ -98,13 +99,13 @@ def test_an_operator_of_ones_own_is_tested_in_the_same_way() -> None:
 
 
 @pytest.mark.torch
-@each(ALL)
+@each([*ALL, *scalar_cases()])
 def test_laws_in_torch(case: Case) -> None:
     assert_operator_valid(*case.build("torch"))
 
 
 @pytest.mark.jax
-@each(representatives())
+@each([*representatives(), *scalar_cases()[:3]])
 def test_laws_in_jax(case: Case) -> None:
     assert_operator_valid(*case.build("jax"))
 

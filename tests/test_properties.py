@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import structops as so
-from structops.testing import CASES, Case, assert_close, assert_operator_valid, dot_test, to_numpy
+from structops.testing import Case, assert_close, assert_operator_valid, dot_test, to_numpy
 from structops.testing.checks import (
     check_adjoint,
     check_counts,
@@ -91,49 +91,3 @@ def test_slices_are_those_of_the_matrix(case: Case, data: st.DataObject) -> None
     part = M[index]
     if part.size and all(s.step is None or s.step > 0 for s in index):  # torch has no negative steps
         assert_close(A[index].to_dense(), part, scale=norm(M))
-
-
-def expressions(depth: int) -> st.SearchStrategy[Any]:
-    """A tree: a case; a verb and one tree; or a verb and two."""
-    leaf = operator_cases("Dense", "LowRank", "TT", "Toeplitz", "Permutation", "Kron", "BlockDiag", nested=False)
-    if depth == 0:
-        return leaf
-    below = expressions(depth - 1)
-    return st.one_of(
-        leaf,
-        st.tuples(st.sampled_from(["T", "H", "scaled", "gram", "doubled"]), below),
-        st.tuples(st.sampled_from(["kron", "Kron", "BlockDiag"]), below, below),
-    )
-
-
-def evaluate(tree: Any, dtype: str, seed: int) -> tuple[Any, np.ndarray]:
-    """The operator and the matrix of a tree."""
-    if isinstance(tree, Case):
-        return build(tree, "torch", dtype, seed)
-    verb, *below = tree
-    (A, M), *more = (evaluate(branch, dtype, seed + k) for k, branch in enumerate(below))
-    if more:
-        ((B, N),) = more
-        if verb == "BlockDiag":
-            zeros = np.zeros((M.shape[0], N.shape[1])), np.zeros((N.shape[0], M.shape[1]))
-            return so.BlockDiag(A, B), np.block([[M, zeros[0]], [zeros[1], N]])
-        return (so.kron if verb == "kron" else so.Kron)(A, B), np.kron(M, N)
-    return {
-        "T": lambda: (A.T, M.T),
-        "H": lambda: (A.H, M.conj().T),
-        "scaled": lambda: (-0.5 * A, -0.5 * M),
-        "gram": lambda: (A @ A.H, M @ M.conj().T),
-        "doubled": lambda: (A + A, 2 * M),
-    }[verb]()
-
-
-@pytest.mark.torch
-@given(expressions(depth=2), dtypes("float64", "complex128"), seeds())
-@example(("kron", CASES["Dense"][0], Case(so.LowRank, ((2, 1), (1, 1)))), "float64", 0)  # odd strides
-def test_expressions_are_those_of_matrices(tree: Any, dtype: str, seed: int) -> None:
-    A, M = evaluate(tree, dtype, seed)
-    x = draw_like(A, np.random.default_rng(seed), (M.shape[1],))
-    assert_close(A.to_dense(), M, scale=10 + norm(M))
-    assert_close(A @ x, M @ to_numpy(x), scale=(10 + norm(M)) * norm(x))
-    assert so.macs(A) >= 0
-    assert so.num_params(A) >= 0

@@ -10,6 +10,7 @@ from structops import _array, _cola
 from structops._array import Array, Dtype
 from structops._cola import LinearOperator
 from structops._plum import dispatch
+from structops.algebra.counting import factors
 from structops.chain_operator import ChainOperator
 from structops.errors import ShapeError
 from structops.operator import StructuredOperator, check_arrays
@@ -161,6 +162,12 @@ class Zero(ScalarOperator):
 
     def _rmatmat(self, X: Array) -> Array:
         return _array.zeros((*X.shape[:-1], self.shape[1]), X, self._promoted(X))
+
+
+@factors.dispatch
+def factors_zero(A: Zero) -> tuple:
+    """None."""
+    return ()
 
 
 def scalar_of(A: LinearOperator) -> Any:

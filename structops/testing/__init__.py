@@ -23,6 +23,7 @@ from structops.testing.cases import Case as Case
 from structops.testing.cases import Indices as Indices
 from structops.testing.cases import operator_cases as operator_cases
 from structops.testing.cases import representatives as representatives
+from structops.testing.cases import scalar_cases as scalar_cases
 from structops.testing.checks import CHECKS as CHECKS
 from structops.testing.checks import assert_operator_valid as assert_operator_valid
 from structops.testing.checks import dot_test as dot_test

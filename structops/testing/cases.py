@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from structops._array import Array
+from structops.algebra.scalar import Identity, ScalarMul, Zero
 from structops.chain_operator import ChainOperator
 from structops.operators import OPERATORS
 from structops.testing.arrays import dtype_of, normal, to_backend, to_numpy
@@ -244,6 +245,37 @@ CASES: dict[str, list[Case]] = {
     ],
     "Diagonal": [_case("Diagonal", (n,), labels={"elementwise"}) for n in (4, 1, 5)],
 }
+
+
+def identity(like: Array, size: int) -> Identity:
+    """The identity of the library and dtype of a number."""
+    return Identity(size, like=like)
+
+
+def zero(like: Array, rows: int, cols: int) -> Zero:
+    """The zero matrix of the library and dtype of a number."""
+    return Zero(rows, cols, like=like)
+
+
+def identity_case(size: int) -> Case:
+    """The identity; the argument tells library and dtype alone."""
+    return Case(identity, ((),), {"size": size}, lambda like, size: np.eye(size))
+
+
+def zero_case(rows: int, cols: int) -> Case:
+    """The zero matrix; the argument tells library and dtype alone."""
+    return Case(zero, ((),), {"rows": rows, "cols": cols}, lambda like, rows, cols: np.zeros((rows, cols)))
+
+
+def multiple_case(size: int) -> Case:
+    """A number times the identity."""
+    return Case(ScalarMul, ((),), {"size": size}, lambda c, size: c * np.eye(size))
+
+
+def scalar_cases() -> list[Case]:
+    """Identities, zeros and multiples of the identity, first those of 4 x 4."""
+    square = [case(n) for n in (4, 1, 3) for case in (identity_case, multiple_case, lambda n: zero_case(n, n))]
+    return [*square, zero_case(2, 3), zero_case(3, 1)]
 
 
 def operator_cases(*tags: str) -> list[Case]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from structops.operators import OPERATORS
 from structops.testing.arrays import DTYPES
-from structops.testing.cases import Case, Indices, btt_cores, tt_cores
+from structops.testing.cases import Case, Indices, btt_cores, identity_case, multiple_case, tt_cores, zero_case
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -48,6 +48,62 @@ def operator_cases(*names: str, nested: bool = True) -> st.SearchStrategy[Case]:
     part = st.one_of(st.tuples(SMALL, SMALL), *simple.values()) if nested else st.tuples(SMALL, SMALL)
     known = {**simple, "Kron": _krons(part), "BlockDiag": _block_diags(part)}
     return st.one_of(*(known[name] for name in names or known))
+
+
+@st.composite
+def cases_of_shape(draw: Draw, rows: int, cols: int) -> Case:
+    """Cases of any structure that has matrices of this shape, the identity, its multiples and zero among them."""
+    return draw(st.one_of(*(_of_shape(name, rows, cols) for name in ANY_SHAPE + (SQUARE if rows == cols else ()))))
+
+
+ANY_SHAPE: tuple[str, ...] = (
+    *("Dense", "LowRank", "Kron", "TT", "BTT", "Monarch", "BlockDiag", "BLAST", "Einsum", "Toeplitz", "Convolution"),
+    "Zero",
+)
+SQUARE: tuple[str, ...] = ("Circulant", "Permutation", "Diagonal", "Identity", "ScalarMul")
+
+
+@st.composite
+def _of_shape(draw: Draw, name: str, m: int, n: int) -> Case:
+    rank = draw(st.integers(1, 2))
+    if name in ("Kron", "TT", "BTT", "Einsum", "BLAST"):
+        (a, b), (c, d) = draw(_split(m)), draw(_split(n))
+        return {
+            "Kron": lambda: _case("Kron", (a, c), (b, d)),
+            "TT": lambda: _case("TT", tt_cores((a, b), (c, d), rank)),
+            "BTT": lambda: _case("BTT", btt_cores((a, b), (c, d), rank)),
+            "Einsum": lambda: _case("Einsum", [(rank, b, c, d), (a, b, c, rank)], pattern="cd, sbcd, abcs -> ab"),
+            "BLAST": lambda: _case("BLAST", (a, b, rank), (a, c, rank), (c, d, rank)),
+        }[name]()
+    if name == "BlockDiag":
+        if min(m, n) == 1:
+            return _case("BlockDiag", (m, n))
+        a, c = draw(st.integers(1, m - 1)), draw(st.integers(1, n - 1))
+        return _case("BlockDiag", (a, c), (m - a, n - c))
+    if name == "Monarch":
+        b, q = draw(SMALL), draw(SMALL)
+        return _case("Monarch", (b, -(-m // b), q), (b, q, -(-n // b)), in_features=n, out_features=m)
+    if name == "Convolution":
+        spatial = draw(st.sampled_from([s for s in range(1, min(m, n) + 1) if m % s == n % s == 0]))
+        padding = draw(st.sampled_from(["same", "circular"]))
+        taps = draw(st.integers(1, spatial if padding == "circular" else 3))
+        return _case("Convolution", (m // spatial, n // spatial, taps), spatial_shape=(spatial,), padding=padding)
+    return {
+        "Dense": lambda: _case("Dense", (m, n)),
+        "LowRank": lambda: _case("LowRank", (m, rank), (rank, n)),
+        "Toeplitz": lambda: _case("Toeplitz", (m,), (n,)),
+        "Circulant": lambda: _case("Circulant", (n,)),
+        "Permutation": lambda: _case("Permutation", Indices(n)),
+        "Diagonal": lambda: _case("Diagonal", (n,)),
+        "Identity": lambda: identity_case(n),
+        "ScalarMul": lambda: multiple_case(n),
+        "Zero": lambda: zero_case(m, n),
+    }[name]()
+
+
+def _split(size: int) -> st.SearchStrategy[tuple[int, int]]:
+    """Two factors of a size."""
+    return st.sampled_from([(d, size // d) for d in range(1, size + 1) if size % d == 0])
 
 
 def _case(name: str, *arguments: Any, **options: Any) -> Case:
