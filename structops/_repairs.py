@@ -294,6 +294,24 @@ def _transposes() -> None:
         return Transpose(A)
 
 
+def _slices() -> None:
+    """A slice of a real operator drops the imaginary part of what it is multiplied with."""
+
+    def matmat(self: Any, X: Any) -> Any:
+        rows, cols = self.slices
+        dtype = self.xnp.promote_types(self.dtype, X.dtype)
+        Y = self.xnp.zeros((self.A.shape[1], X.shape[-1]), dtype=dtype, device=self.xnp.get_device(X))
+        return (self.A @ self.xnp.update_array(Y, _array.cast(X, dtype), cols))[rows]
+
+    def rmatmat(self: Any, X: Any) -> Any:
+        rows, cols = self.slices
+        dtype = self.xnp.promote_types(self.dtype, X.dtype)
+        Y = self.xnp.zeros((X.shape[0], self.A.shape[0]), dtype=dtype, device=self.xnp.get_device(X))
+        return (self.xnp.update_array(Y, _array.cast(X, dtype), ..., rows) @ self.A)[..., cols]
+
+    Sliced._matmat, Sliced._rmatmat = matmat, rmatmat  # type: ignore[method-assign]
+
+
 def _sizes() -> None:
     """A product of operators whose sizes do not fit fails with an ``assert`` that names no operator."""
     stock = LinearOperator.__matmul__
@@ -357,6 +375,7 @@ REPAIRS = (
     _gradients_of_solves,
     _gradients_of_krylov_methods,
     _transposes,
+    _slices,
     _sizes,
     _torch_functions,
     _least_squares,

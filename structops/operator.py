@@ -305,6 +305,11 @@ def check_precision(what: str, dtype: Dtype) -> None:
         raise BackendError(f"{what} needs float32 or more, got {dtype}; convert the operator with .to(dtype=...)")
 
 
+def kind_of(A: LinearOperator) -> str:
+    """The name of an operator's class without the types of its parts, which CoLA's names hold."""
+    return type(A).__name__.partition("[")[0]
+
+
 def apply_left(M: LinearOperator, X: Array) -> Array:
     """``X @ M`` for X of shape (..., rows of M), also for an operator of CoLA, which takes matrices alone."""
     if isinstance(M, StructuredOperator):

@@ -207,6 +207,16 @@ def _transposes() -> bool:
 
 
 @probe
+def _slices() -> bool:
+    """A slice of a real operator, times a complex vector."""
+    import cola
+    import torch
+
+    part = cola.ops.Diagonal(torch.ones(3))[:2, :]
+    return bool((part @ torch.tensor([[1j], [2j], [3j]])).imag.sum() == 3)
+
+
+@probe
 def _sizes() -> bool:
     """A product of operators that do not fit is a ValueError."""
     import cola

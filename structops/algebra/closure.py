@@ -71,12 +71,40 @@ UNARY: dict[str, dict[str, str]] = {
     "c *": {"Permutation": "Product", _MULTIPLES: "ScalarMul", "*": "same"},
 }
 
+# What linear algebra finds in the structure of one square operator: "same", the name of another structure, or
+#   direct    numbers, or vectors as an operator, without iterating and without the matrix
+#   dense     the matrix is built; ``svd`` warns
+#   CoLA      no rule: LU, Cholesky, CG, GMRES, Arnoldi or Lanczos, as CoLA chooses
+#   singular  an error, or a determinant of 0: there is no inverse whatever the numbers are
+#   error     there is no such thing
+# BTT, Monarch and Einsum are meant with square blocks for the inverse and the determinant, and with equal modes of
+# input and output for diagonal and trace; Kron and BlockDiag with square parts; sqrt of Kron with positive ones.
+_EXACT = "Permutation Diagonal Identity ScalarMul"
+_SQUARE = "Kron BTT Monarch BlockDiag Einsum"
+LINALG: dict[str, dict[str, str]] = {
+    "inv": {f"{_SQUARE} Circulant {_EXACT}": "same", "LowRank Zero": "singular", "*": "CoLA"},
+    "pinv": {f"LowRank Kron BlockDiag Circulant {_EXACT} Zero": "same", "*": "CoLA"},
+    "slogdet": {f"Dense {_SQUARE} Circulant {_EXACT}": "direct", "LowRank Zero": "singular", "*": "CoLA"},
+    "trace": {"Convolution": "CoLA", "*": "direct"},
+    "diag": {"Convolution": "CoLA", "*": "direct"},
+    "eig": {"Kron BlockDiag Circulant Diagonal Identity ScalarMul Zero": "direct", "*": "CoLA"},
+    "svd": {f"LowRank Kron BlockDiag Circulant {_EXACT} Zero": "direct", "*": "dense"},
+    "exp": {
+        "BlockDiag Circulant Diagonal": "same",
+        "Identity ScalarMul Zero": "ScalarMul",
+        "Kron": "Product",  # of the eigenvectors, a diagonal, and their inverse
+        "*": "CoLA",
+    },
+    "sqrt": {"Kron BlockDiag Circulant Diagonal": "same", "Identity ScalarMul Zero": "ScalarMul", "*": "CoLA"},
+    "round": {"LowRank TT BTT Monarch Einsum": "same", "*": "error"},
+}
+
 
 def closure(verb: str, left: str, right: str | None = None) -> str:
     """The name of the structure that a verb makes.
 
     Args:
-        verb: A key of ``BINARY`` or of ``UNARY``.
+        verb: A key of ``BINARY``, of ``UNARY`` or of ``LINALG``.
         left: The name of the operator, or of the one on the left.
         right: The name of the one on the right, if the verb takes two.
 
@@ -84,7 +112,7 @@ def closure(verb: str, left: str, right: str | None = None) -> str:
         KeyError: There is no such verb, or no line for these names.
     """
     if right is None:
-        results = (result for names, result in UNARY[verb].items() if _among(left, names))
+        results = (result for names, result in (UNARY | LINALG)[verb].items() if _among(left, names))
     else:
         results = (
             result for names, result in BINARY[verb].items() if _among(left, names[0]) and _among(right, names[1])

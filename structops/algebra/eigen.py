@@ -112,10 +112,17 @@ def pow_structured(A: StructuredOperator, alpha: Number, alg: Algorithm = _cola.
     if isinstance(alg, DIRECT):
         result = power_rule(A, float(exponent), alg)
         if result is not None:
-            return result
+            return _positive_like(A, result)
     if np.isclose(exponent, 1):
         return A
-    return _cola.pow.invoke(LinearOperator, type(alpha), type(alg))(A, alpha, alg)
+    return _positive_like(A, _cola.pow.invoke(LinearOperator, type(alpha), type(alg))(A, alpha, alg))
+
+
+def _positive_like(A: LinearOperator, result: LinearOperator) -> LinearOperator:
+    """A real power of a positive semidefinite operator is one."""
+    if A.isa(_cola.PSD):
+        result.annotations = result.annotations | {_cola.PSD}
+    return result
 
 
 @_cola.exp.dispatch(precedence=1)

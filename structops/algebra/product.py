@@ -23,7 +23,7 @@ from structops.algebra.counting import merged_counts
 from structops.algebra.properties import common, is_transpose_of
 from structops.algebra.scalar import ScalarMul, Zero, dtype_with, kept_by_scaling, like, scalar_of, scale_rule
 from structops.errors import ShapeError
-from structops.operator import StructuredOperator, apply_left, promoted, promoted_parts
+from structops.operator import StructuredOperator, apply_left, kind_of, promoted, promoted_parts
 
 
 @dispatch
@@ -85,7 +85,7 @@ class Product(StructuredOperator, _cola.Product):
 
     def describe(self) -> str:
         """The parts."""
-        return " @ ".join(f"{type(M).__name__} {M.shape[0]}x{M.shape[1]}" for M in self.Ms)
+        return " @ ".join(f"{kind_of(M)} {M.shape[0]}x{M.shape[1]}" for M in self.Ms)
 
 
 def check_product(operators: Sequence[LinearOperator]) -> None:

@@ -73,7 +73,7 @@ def compress(A: LinearOperator, rank: int | Sequence[int]) -> Compression:
         (1, 0.5547, 'exact')
     """
     check_precision("rank reduction", A.dtype)
-    ranks = (rank,) if isinstance(rank, int) else tuple(rank)
+    ranks = tuple(rank) if isinstance(rank, Sequence) else (rank,)
     if not ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks):
         raise StructureError(f"rank must be a whole number of at least 1, or one for every bond, got {rank!r}")
     result = compress_rule(A, rank if isinstance(rank, int) else ranks)

@@ -19,7 +19,7 @@ from structops.algebra.product import scaled
 from structops.algebra.properties import common, same
 from structops.algebra.scalar import ScalarMul, Zero, like, scalar_of, scale_rule
 from structops.errors import ShapeError
-from structops.operator import StructuredOperator, apply_left, promoted, promoted_parts
+from structops.operator import StructuredOperator, apply_left, kind_of, promoted, promoted_parts
 
 
 @dispatch
@@ -81,7 +81,7 @@ class Sum(StructuredOperator, _cola.Sum):
 
     def describe(self) -> str:
         """The parts."""
-        return " + ".join(type(M).__name__ for M in self.Ms)
+        return " + ".join(kind_of(M) for M in self.Ms)
 
 
 def check_sum(operators: Sequence[LinearOperator]) -> None:

@@ -22,7 +22,7 @@ from structops.algebra.svd import SVD, svd, svd_rule
 from structops.chain import Chain
 from structops.errors import ShapeError, StructureError
 from structops.modes import common_divisors
-from structops.operators.composite import CompositeOperator, fused, part_inverse, part_pinv
+from structops.operators.composite import CompositeOperator, fused, like_part, part_inverse, part_pinv
 from structops.operators.dense import Dense
 from structops.operators.diagonal import Diagonal
 from structops.operators.permutation import ascending, descending
@@ -276,7 +276,7 @@ def function_of_blocks(f: Callable, A: BlockDiag, alg: Algorithm) -> _cola.Linea
     """Block by block."""
     if not all(map(is_square, A.Ms)):
         return None
-    return BlockDiag(*(_cola.apply_unary(f, M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+    return BlockDiag(*(like_part(M, _cola.apply_unary(f, M, alg)) for M in A.Ms), multiplicities=A.multiplicities)
 
 
 @exp_rule.dispatch
@@ -284,7 +284,7 @@ def exp_of_blocks(A: BlockDiag, alg: Algorithm) -> _cola.LinearOperator | None:
     """Block by block."""
     if not all(map(is_square, A.Ms)):
         return None
-    return BlockDiag(*(_cola.exp(M, alg) for M in A.Ms), multiplicities=A.multiplicities)
+    return BlockDiag(*(like_part(M, _cola.exp(M, alg)) for M in A.Ms), multiplicities=A.multiplicities)
 
 
 @power_rule.dispatch
@@ -292,7 +292,7 @@ def power_of_blocks(A: BlockDiag, alpha: float, alg: Algorithm) -> _cola.LinearO
     """Block by block."""
     if not all(map(is_square, A.Ms)):
         return None
-    return BlockDiag(*(_cola.pow(M, alpha, alg) for M in A.Ms), multiplicities=A.multiplicities)
+    return BlockDiag(*(like_part(M, _cola.pow(M, alpha, alg)) for M in A.Ms), multiplicities=A.multiplicities)
 
 
 @svd_rule.dispatch

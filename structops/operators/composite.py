@@ -12,7 +12,7 @@ from structops.algebra.counting import merged_counts
 from structops.algebra.properties import common
 from structops.chain import Chain
 from structops.chain_operator import flip, multiply
-from structops.operator import StructuredOperator, check_arrays, check_precision
+from structops.operator import StructuredOperator, check_arrays, check_precision, kind_of
 from structops.operators.dense import Dense
 
 
@@ -97,7 +97,7 @@ class CompositeOperator(StructuredOperator):
 
     def describe_part(self, M: _cola.LinearOperator) -> str:
         """The shape and, where it has one, the structure of a part."""
-        kind = "" if isinstance(M, Dense) else type(M).__name__ + " "
+        kind = "" if isinstance(M, Dense) else kind_of(M) + " "
         return f"{kind}{M.shape[0]}x{M.shape[1]}"
 
 
@@ -125,6 +125,11 @@ def part_pinv(M: _cola.LinearOperator, alg: Algorithm) -> _cola.LinearOperator:
         check_precision("a pseudo-inverse", M.dtype)
         return _keeping(M, Dense(_array.namespace(M.A).linalg.pinv(M.A)))
     return _cola.pinv(M, alg)
+
+
+def like_part(M: _cola.LinearOperator, result: _cola.LinearOperator) -> _cola.LinearOperator:
+    """A function of a part: of a matrix as a matrix, so that the whole stays a chain."""
+    return Dense(result.to_dense()) if isinstance(M, Dense) and not isinstance(result, Dense) else as_part(result)
 
 
 def _keeping(M: Dense, result: Dense) -> Dense:

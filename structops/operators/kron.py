@@ -22,7 +22,7 @@ from structops.algebra.scalar import scale_rule
 from structops.algebra.svd import SVD, svd, svd_rule
 from structops.chain import Chain
 from structops.operator import StructuredOperator
-from structops.operators.composite import CompositeOperator, as_part, fused, part_inverse, part_pinv
+from structops.operators.composite import CompositeOperator, as_part, fused, like_part, part_inverse, part_pinv
 from structops.operators.dense import Dense
 from structops.operators.diagonal import through_spectrum
 from structops.operators.permutation import ascending, descending
@@ -288,7 +288,7 @@ def power_of_kron(A: Kron, alpha: float, alg: Algorithm) -> _cola.LinearOperator
     """Factor by factor for a whole number or positive semidefinite factors; else the branch could be another."""
     if not all(map(is_square, A.Ms)) or not (alpha.is_integer() or all(M.isa(_cola.PSD) for M in A.Ms)):
         return None
-    return Kron(*(as_part(_cola.pow(M, alpha, alg)) for M in A.Ms))
+    return Kron(*(like_part(M, _cola.pow(M, alpha, alg)) for M in A.Ms))
 
 
 @svd_rule.dispatch
