@@ -6,8 +6,6 @@ from .algebra.counting import flops as flops
 from .algebra.counting import macs as macs
 from .algebra.counting import num_params as num_params
 from .algebra.rounding import compress as compress
-from .algebra.scalar import Identity as Identity
-from .algebra.scalar import Zero as Zero
 from .algebra.svd import svd as svd
 from .chain import Chain as Chain
 from .chain import Factor as Factor
@@ -29,11 +27,13 @@ from .operators import Convolution as Convolution
 from .operators import Dense as Dense
 from .operators import Diagonal as Diagonal
 from .operators import Einsum as Einsum
+from .operators import Identity as Identity
 from .operators import Kron as Kron
 from .operators import LowRank as LowRank
 from .operators import Monarch as Monarch
 from .operators import Permutation as Permutation
 from .operators import Toeplitz as Toeplitz
+from .operators import Zero as Zero
 from .operators.kron import kron as kron
 from .sampling import random as random
 from .spec import Structure as Structure

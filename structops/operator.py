@@ -345,13 +345,25 @@ def converted(part: Any, device: Any, dtype: Dtype) -> Any:
     if isinstance(part, LinearOperator):
         leaves, unflatten = part.flatten()
         result = unflatten([converted(leaf, device, dtype) if _array.is_array(leaf) else leaf for leaf in leaves])
-        result.dtype = part.dtype if dtype is None else dtype  # CoLA would keep the old one
+        if dtype is not None:
+            _declare(result, dtype)
         return result
     if dtype is not None and _array.is_floating(part.dtype):
         if _array.is_complex(part.dtype) and not _array.is_complex(dtype):
             raise BackendError(f"{part.dtype} to {dtype} would drop the imaginary part; take the real part first")
         part = _array.cast(part, dtype)
     return part if device is None else _array.move(part, device)
+
+
+def _declare(part: Any, dtype: Dtype) -> None:
+    """Tell an operator of CoLA, and those that it holds, which dtype it has; it would keep the old one."""
+    if isinstance(part, tuple | list):
+        for item in part:
+            _declare(item, dtype)
+    elif isinstance(part, LinearOperator) and not isinstance(part, StructuredOperator):
+        part.dtype = dtype
+        for value in vars(part).values():
+            _declare(value, dtype)
 
 
 def _flat(items: Any) -> Any:

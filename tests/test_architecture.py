@@ -248,6 +248,18 @@ def test_importing_structops_loads_only_what_it_needs():
     """)
 
 
+def test_whatever_name_is_used_first_the_rules_are_there():
+    for first in ("so.Identity(2, like=one)", "so.Zero(2, 2, like=one)", "so.Diagonal(torch.ones(2))"):
+        run(f"""
+            import torch
+            import structops as so
+            one = torch.ones(())
+            A = {first}
+            assert type(A @ A) is type(A), A @ A
+            assert type(A + A).__name__ == {"ScalarMul" if "Identity" in first else first[3:].split("(")[0]!r}, A + A
+        """)
+
+
 USE = """
     import structops as so
     for name in ("dense", "btt", "monarch(blocks=3)", "toeplitz", "convolution"):

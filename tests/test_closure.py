@@ -233,6 +233,16 @@ def test_pairs_with_lazy_operators_and_those_of_cola(name: str, verb: str) -> No
             assert_close(result.T.to_dense(), expected(P, Q).T, scale=scale_of(M, N))
 
 
+@pytest.mark.torch
+def test_operators_of_cola_are_converted_with_all_that_they_hold() -> None:
+    import torch
+
+    stock = _cola.Dense(to_backend(np.ones((4, 4)), "torch"))
+    identity = so.Identity(4, like=torch.ones((), dtype=torch.complex128))
+    result = identity @ _cola.Adjoint(_cola.Sum(stock, _cola.Product(stock, stock)))
+    assert result.dtype == result.A.dtype == result.A.Ms[1].dtype == result.A.Ms[1].Ms[0].dtype == torch.complex128
+
+
 # -------------------------------------------------------------------------------------------------------- one rule each
 
 

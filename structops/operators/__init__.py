@@ -4,6 +4,8 @@ The order is that of tables, and it matters where two structures meet: a rule fo
 """
 # isort: skip_file
 
+from structops.algebra.scalar import Identity as Identity  # from here, so that whoever has one has all rules, too
+from structops.algebra.scalar import Zero as Zero
 from structops.operator import StructuredOperator
 from structops.operators.dense import Dense as Dense
 from structops.operators.permutation import Permutation as Permutation
