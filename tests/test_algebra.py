@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import structops as so
 from structops.algebra.product import Product
 from structops.algebra.sum import Sum
+from structops.operator import promoted
 from structops.testing import assert_close, to_backend, to_numpy
 from structops.testing.arrays import dtype_of, normal
 from structops.testing.cases import leaves, with_leaf
@@ -56,7 +57,8 @@ class Tree:
             "T": lambda: A.T,
             "H": lambda: A.H,
             "*": lambda: self.value * A,
-            "array *": lambda: arguments[-1] * A,
+            # The number is cast to the dtype of A, and permutations are in single precision.
+            "array *": lambda: arguments[-1] * promoted(A, [A, arguments[-1]]),
             "/": lambda: A / 4,
             "gram": lambda: A.T @ A,
             "doubled": lambda: A + A,
@@ -158,7 +160,7 @@ def assert_is(A: Any, M: np.ndarray, scale: float, rng: np.random.Generator) -> 
 
 
 @pytest.mark.torch
-@settings(max_examples=max(200, EXAMPLES))
+@settings(max_examples=max(300, EXAMPLES))
 @given(any_tree(), dtypes("float64", "complex128", "float32"), seeds())
 def test_expressions_are_those_of_matrices(tree: Any, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
