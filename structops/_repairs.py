@@ -35,6 +35,7 @@ with warnings.catch_warnings():
         slogdet,
         trace,
     )
+    from cola.linalg.decompositions.decompositions import plu
     from cola.ops import (
         Adjoint,
         BlockDiag,
@@ -42,6 +43,7 @@ with warnings.catch_warnings():
         Dense,
         Diagonal,
         Householder,
+        I_like,
         Identity,
         Kronecker,
         KronSum,
@@ -283,6 +285,15 @@ def _gradients_of_krylov_methods() -> None:
     power.power_iteration = power_iteration
 
 
+def _diagonal_lu() -> None:
+    """The LU decomposition of a diagonal takes its square root, which is not a number for negative entries."""
+
+    @plu.dispatch(precedence=1)
+    def plu_diagonal(A: Diagonal | ScalarMul) -> Any:
+        one = I_like(A)
+        return one, one, A
+
+
 def _transposes() -> None:
     """The transpose of a complex self-adjoint operator is its conjugate, not itself."""
 
@@ -374,6 +385,7 @@ REPAIRS = (
     _scalar_products,
     _gradients_of_solves,
     _gradients_of_krylov_methods,
+    _diagonal_lu,
     _transposes,
     _slices,
     _sizes,

@@ -196,6 +196,16 @@ def _gradients_of_krylov_methods() -> bool:
 
 
 @probe
+def _diagonal_lu() -> bool:
+    """The factors of a negative diagonal."""
+    import cola
+    import torch
+
+    P, L, U = cola.linalg.LU()(cola.ops.Diagonal(-torch.ones(2)))
+    return torch.equal((P @ L @ U).to_dense(), -torch.eye(2))
+
+
+@probe
 def _transposes() -> bool:
     """The transpose of a complex Hermitian matrix."""
     import cola
