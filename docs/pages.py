@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,8 +14,11 @@ from typing import Any
 import pictures
 
 import structops as so
+from structops.algebra.closure import ROWS, UNARY, closure
 from structops.errors import StructureError
 from structops.spec import REGISTRY, ChainPlan, Plan, Structure
+from structops.studies.algebra import COST_COLUMNS, Growth, cost_cells
+from structops.studies.closure import LAZY, cells, lazy, short
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ((256, 256), (1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096))  # (in, out)
@@ -22,7 +26,7 @@ SIZES = ((256, 256), (1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096))  # 
 # Reading order in the navigation; a structure that is not listed comes last.
 ORDER = (
     *("Dense", "LowRank", "Kron", "TT", "BTT", "Monarch", "BlockDiag", "BLAST", "Einsum"),
-    *("Circulant", "Toeplitz", "Convolution", "Permutation"),
+    *("Circulant", "Toeplitz", "Convolution", "Permutation", "Diagonal"),
 )
 
 # What the pictures of a page show, as specs at 16 x 16; by default the structure with its default arguments.
@@ -58,7 +62,7 @@ def structures() -> dict[str, type]:
 
 
 def spec_of(operator: type) -> type[Structure] | None:
-    """The spec in the same file as an operator; a permutation has none."""
+    """The spec in the same file as an operator; permutations and diagonals have none."""
     return next((spec for spec in REGISTRY.values() if spec.__module__ == operator.__module__), None)
 
 
@@ -101,7 +105,7 @@ def structure_page(name: str) -> str:
     parts += [picture for k, text in enumerate(shown(operator)) for picture in drawings(text, explain=not k)]
     parts += [f"## `so.{constructor(operator)}`", _directive(operator, members=_attributes(operator))]
     if spec is None:
-        parts += ["## Spec", "There is none: the operator has nothing to learn, so no layer is made of it."]
+        parts += ["## Spec", "There is none: no layer is made of this operator alone."]
         return "\n\n".join(parts) + "\n"
     texts = COUNTED.get(spec.name, (spec.name,))
     parts += [
@@ -348,6 +352,30 @@ def scales_overview() -> str:
     return table(("spec", *(f"{i:,} → {o:,}" for i, o in shapes)), rows, "lrrrr")
 
 
+def closure_table(verb: str = "") -> str:
+    """What a verb makes of which structures: of two with abbreviations, without a verb all verbs of one."""
+    if not verb:
+        rows = [(f"`{name}`", *(f"`{closure(verb, name)}`" for verb in UNARY)) for name in ROWS]
+        names = (f"`A.{verb}`" if verb.isalpha() else f"`{verb} A`" for verb in UNARY)
+        return table(("A", *names), rows)
+    key = ", ".join(f"{short(name)} `{name}`" for name in ROWS)
+    rows = [(f"`{name}`", *cells(verb, name)) for name in ROWS]
+    return table(("A, B", *map(short, ROWS)), rows) + f"\n\n{LAZY} a lazy `{lazy(verb)}`; {key}."
+
+
+def costs_table() -> str:
+    """The measured growth of all verbs, from the numbers that ``structops algebra --costs --out`` wrote."""
+    data = json.loads((ROOT / "docs" / "assets" / "algebra" / "costs.json").read_text(encoding="utf-8"))
+    rows = [cost_cells(Growth(**row)) for row in data["rows"]]
+    cells = [(f"`{verb}`", f"`{operands}`", *rest) for verb, operands, *rest in rows]
+    where, library = data["machine"], data["backend"]
+    words = (
+        f"Measured with {library} {where['versions'][library]} in float32 on one thread of "
+        f"a {where['machine']} machine with {where['cores']} cores."
+    )
+    return table(COST_COLUMNS, cells, "llrrlr") + f"\n\n{words}"
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "") -> str:
     """A Markdown table; ``align`` has an l or r a column."""
     head = list(head)
@@ -368,7 +396,7 @@ def shown(operator: type) -> tuple[str, ...]:
 def drawings(text: str, explain: bool = True) -> list[str]:
     """The pictures of one spec at 16 x 16: its factors as matrices and, for a chain, as wires."""
     if text in so.OPERATORS:
-        return [figure(pictures.equation([matrix_of(text)], text), "A permutation of 16 features.")]
+        return [figure(pictures.equation([matrix_of(text)], text), f"A {text.lower()} matrix of 16 features.")]
     plan = plan_of(text, 16, 16)
     if not isinstance(plan, ChainPlan):
         words = f"`{text}` at 16 × 16. Cells of one colour hold the same parameter."
@@ -412,8 +440,9 @@ def matrix_of(text: str) -> pictures.Matrix:
     import torch
 
     if text in so.OPERATORS:
-        indices = torch.tensor([(5 * i + 3) % 16 for i in range(16)])
-        return pictures.from_indices(so.OPERATORS[text](indices).to_dense().int().tolist(), 1)
+        numbers = {"Permutation": [(5 * i + 3) % 16 for i in range(16)], "Diagonal": range(1, 17)}[text]
+        dense = so.OPERATORS[text](torch.tensor(list(numbers))).to_dense().int()
+        return pictures.from_indices(dense.tolist(), int(dense.max()))
     plan = plan_of(text, 16, 16)
     if isinstance(plan, ChainPlan):
         return _factorised(plan.chain)[0]
@@ -442,6 +471,8 @@ INSERTS: dict[str, Callable[..., str]] = {
     "scales_overview": scales_overview,
     "sizes": size_table,
     "comparison": comparison_table,
+    "closure": closure_table,
+    "costs": costs_table,
     "factors": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[0],
     "wires": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[1],
 }
