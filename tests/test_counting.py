@@ -358,6 +358,11 @@ def test_merged_results_have_their_own_counts(case: Case) -> None:
         assert so.flops(C) == 2 * so.macs(C)
 
 
+def test_sharing_survives_scaling() -> None:
+    A, _ = CASES["LowRank"][1].build("torch")
+    assert so.num_params(3 * so.BlockDiag(A, A, A)) == so.num_params(A)
+
+
 def test_sharing_survives_copies() -> None:
     import copy
 

@@ -185,8 +185,9 @@ def blocks_plus_blocks(A: BlockDiag, B: BlockDiag) -> _cola.LinearOperator | Non
 
 @scale_rule.dispatch
 def scale_blocks(A: BlockDiag, c: object) -> _cola.LinearOperator | None:
-    """Every block takes the number."""
-    return BlockDiag(*(scaled(M, c) for M in A.Ms), multiplicities=A.multiplicities)
+    """Every block takes the number; one that occurs twice stays one."""
+    blocks = {id(M): scaled(M, c) for M in A.Ms}
+    return BlockDiag(*(blocks[id(M)] for M in A.Ms), multiplicities=A.multiplicities)
 
 
 @product_rule.dispatch
