@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,9 @@ import markdown_examples
 import pytest
 
 import structops as so
+from structops.algebra import closure
+from structops.studies import algebra as study
+from structops.studies import closure as tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -57,6 +61,24 @@ def test_inserts_are_known() -> None:
 def test_an_unknown_insert_is_an_error() -> None:
     with pytest.raises(ValueError, match="no insert 'scale'; these exist: scales"):
         pages.filled("<!-- scale: btt -->")
+
+
+def test_the_page_of_the_algebra_has_the_tables_of_the_code() -> None:
+    page = pages.filled((DOCS / "concepts" / "algebra.md").read_text(encoding="utf-8"))
+    for verb in closure.BINARY:
+        for name in closure.ROWS:
+            assert f"| `{name}` | " + " | ".join(tables.cells(verb, name)) + " |" in page
+    for name in closure.ROWS:
+        assert (
+            f"| `{name}` | " + " | ".join(f"`{closure.closure(verb, name)}`" for verb in closure.UNARY) + " |" in page
+        )
+
+
+def test_the_measured_costs_are_those_of_the_cases() -> None:
+    """After a change of the cases: ``structops algebra --costs --out docs/assets/algebra/costs.json``."""
+    data = json.loads((DOCS / "assets" / "algebra" / "costs.json").read_text(encoding="utf-8"))
+    measured = [(row["verb"], row["operands"], row["cost"]) for row in data["rows"]]
+    assert measured == [(case.verb, case.label, case.cost) for case in study.CASES]
 
 
 # ----------------------------------------------------------------------------------------------------- structure pages
