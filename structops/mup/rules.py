@@ -5,35 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from structops.algebra.counting import factors
 from structops.chain import Factor
-from structops.errors import StructureError
-
-Optimizer = Literal["adam", "sgd"]
-# Optimisers whose update does not depend on the size of the gradient take Adam's rule.
-FAMILY: dict[str, Optimizer] = {
-    "adam": "adam",
-    "adamw": "adam",
-    "nadam": "adam",
-    "adamax": "adam",
-    "rmsprop": "adam",
-    "adagrad": "adam",
-    "lion": "adam",
-    "sgd": "sgd",
-}
-
-
-def family(optimizer: str) -> Optimizer:
-    """The rule that an optimiser takes.
-
-    Raises:
-        StructureError: None is known for it.
-    """
-    if optimizer.lower() not in FAMILY:
-        raise StructureError(f"no rule for optimizer {optimizer!r}; known: {', '.join(FAMILY)}")
-    return FAMILY[optimizer.lower()]
+from structops.mup.families import Rule
 
 
 def init_std(factor: Factor) -> float:
@@ -45,9 +21,12 @@ def init_std(factor: Factor) -> float:
     return math.sqrt(min(factor.fan_in, factor.fan_out)) / factor.fan_in
 
 
-def lr_multiplier(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str = "adam") -> float:
+def lr_multiplier(
+    factor: Factor, in_features: int, out_features: int, count: int, optimizer: str | Rule = "adam"
+) -> float:
     r"""Learning rate of a factor relative to that of a dense layer of the same size.
 
+    \(\kappa = \frac{s(\text{factor})}{s(\text{dense})} / k\) with the absolute scale s of the optimiser's family.
     Adam: \(\kappa = (d_{in} / \text{fan-in}) / k\).  SGD: \(\kappa = \frac{\text{fan-out} / \text{fan-in}}{d_{out} /
     d_{in}} / k\).
 
@@ -56,7 +35,7 @@ def lr_multiplier(factor: Factor, in_features: int, out_features: int, count: in
         in_features: Input size of the layer.
         out_features: Output size of the layer.
         count: \(k\), the number of learnable dense factors of the layer; the change of the output is a sum of k terms.
-        optimizer: A name of `FAMILY`.
+        optimizer: A name of `FAMILY`, or a `Rule`.
 
     Raises:
         StructureError: No rule is known for the optimiser.
@@ -64,9 +43,18 @@ def lr_multiplier(factor: Factor, in_features: int, out_features: int, count: in
     References:
         arXiv 2406.06248, section 3 and table 2; appendix H for SGD, here with the same 1/k.
     """
-    if family(optimizer) == "adam":
-        return in_features / factor.fan_in / count
-    return (factor.fan_out / factor.fan_in) / (out_features / in_features) / count
+    rule = as_rule(optimizer)
+    return float(rule.scale(factor) / rule.scale(dense_factor(in_features, out_features)) / count)
+
+
+def as_rule(optimizer: str | Rule) -> Rule:
+    """A rule from the name of an optimiser."""
+    return optimizer if isinstance(optimizer, Rule) else Rule(optimizer)
+
+
+def dense_factor(in_features: int, out_features: int) -> Factor:
+    """The one block of a dense layer."""
+    return Factor("dense", (out_features, in_features), fan_in=in_features, fan_out=out_features)
 
 
 def init_stds(A: Any, zero_last: bool = False) -> tuple[float, ...]:
@@ -91,7 +79,7 @@ def init_stds(A: Any, zero_last: bool = False) -> tuple[float, ...]:
     return tuple(stds)
 
 
-def width_ratio(base_in: int, layer: Any, optimizer: str = "adam", base_out: int | None = None) -> float:
+def width_ratio(base_in: int, layer: Any, optimizer: str | Rule = "adam", base_out: int | None = None) -> float:
     r"""Learning rate of a dense layer relative to the same layer at base width.
 
     Adam: \(d^0_{in} / d_{in}\).  SGD: \(\frac{d_{out} / d_{in}}{d^0_{out} / d^0_{in}}\), which is 1 where both sides
@@ -100,12 +88,13 @@ def width_ratio(base_in: int, layer: Any, optimizer: str = "adam", base_out: int
     Args:
         base_in: Input size of the layer in the base model.
         layer: Anything with ``in_features`` and ``out_features``.
-        optimizer: A name of `FAMILY`.
-        base_out: Output size of the layer in the base model, for SGD; both sides grow alike if not given.
+        optimizer: A name of `FAMILY`, or a `Rule`.
+        base_out: Output size of the layer in the base model; both sides grow alike if not given.
     """
-    if family(optimizer) == "adam":
-        return base_in / layer.in_features
-    return (layer.out_features / layer.in_features) / (base_out / base_in) if base_out else 1.0
+    rule, n, m = as_rule(optimizer), layer.in_features, layer.out_features
+    base = dense_factor(n * base_in, m * base_in) if base_out is None else dense_factor(base_in, base_out)
+    target = dense_factor(n * n, m * n) if base_out is None else dense_factor(n, m)
+    return float(rule.scale(target) / rule.scale(base))
 
 
 @dataclass(frozen=True)
@@ -167,12 +156,12 @@ class Scales(Sequence[Scale]):
         )
 
 
-def scales(A: Any, optimizer: str = "adam") -> Scales:
+def scales(A: Any, optimizer: str | Rule = "adam") -> Scales:
     """Init and learning-rate scales of every factor of an operator, a chain or a plan.
 
     Args:
         A: Anything with a shape and factors.  A padded chain takes its true input size.
-        optimizer: ``"adam"`` and its relatives, or ``"sgd"``.
+        optimizer: A name of `FAMILY` such as ``"adam"``, ``"sgd"`` or ``"muon"``, or a `Rule`.
 
     Returns:
         One row a factor in order of application, with ``init_std``, ``lr_scale`` and ``reason``.
@@ -195,7 +184,7 @@ def scales(A: Any, optimizer: str = "adam") -> Scales:
         rows.append(
             Scale(factor, init_std(factor), lr, _reason(factor, in_features, out_features, len(parts), optimizer))
         )
-    return Scales(tuple(rows), optimizer)
+    return Scales(tuple(rows), as_rule(optimizer).optimizer)
 
 
 def _shape(A: Any) -> tuple[int, int]:
@@ -204,8 +193,13 @@ def _shape(A: Any) -> tuple[int, int]:
     return A.shape[0], A.shape[1]
 
 
-def _reason(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str) -> str:
+def _reason(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str | Rule) -> str:
     std = f"std = sqrt(min({factor.fan_in}, {factor.fan_out}))/{factor.fan_in}"
-    if family(optimizer) == "adam":
+    kind = as_rule(optimizer).family.name
+    if kind == "adam":
         return f"{std}; lr = ({in_features}/{factor.fan_in})/{count}"
-    return f"{std}; lr = ({factor.fan_out}/{factor.fan_in})/({out_features}/{in_features})/{count}"
+    if kind == "sgd":
+        return f"{std}; lr = ({factor.fan_out}/{factor.fan_in})/({out_features}/{in_features})/{count}"
+    rule = as_rule(optimizer)
+    ours, dense = (float(rule.scale(f)) for f in (factor, dense_factor(in_features, out_features)))
+    return f"{std}; lr = ({ours:.4g}/{dense:.4g})/{count} with s = {rule.formula(factor)}"

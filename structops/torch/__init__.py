@@ -6,4 +6,6 @@ except ImportError as error:
     raise ImportError("structops.torch needs PyTorch: pip install 'structops[torch]'") from error
 
 from structops.torch.groups import param_groups as param_groups
+from structops.torch.groups import split as split
 from structops.torch.layer import StructuredLinear as StructuredLinear
+from structops.torch.weights import plan as plan

@@ -2,108 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from structops.errors import StructureError
-from structops.mup import scales, width_ratio
-from structops.torch.layer import StructuredLinear
+from structops.mup import MupPlan, PlanRow, Rule
+from structops.torch.weights import described
+from structops.torch.weights import plan as plan_of
 
 
 def param_groups(
     model: nn.Module,
-    plan: None = None,
+    plan: MupPlan | None = None,
     *,
     lr: float = 3e-3,
-    optimizer: str = "adam",
-    base: int | nn.Module | None = None,
+    optimizer: str | Rule = "adam",
+    base: int | str | nn.Module | None = None,
     weight_decay: float = 0.0,
+    eps: float | None = None,
     structure_aware: bool = True,
+    named: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups for ``torch.optim``: every parameter once, with the learning rate that its factor's shape asks for.
 
-    A factor of a `StructuredLinear` gets ``lr`` times the multiplier of `structops.mup.scales`; weights of
-    ``nn.Linear`` and everything else get ``lr``.  That is relative to the dense layers replaced, so a rate tuned for
-    the dense model carries over.  With ``base``, weights are also scaled with their input size (muP transfer over
-    width).
+    Without a plan one is made here: a factor of a `StructuredLinear` gets ``lr`` times the multiplier of
+    `structops.mup.scales`; weights of ``nn.Linear`` and everything else get ``lr``.  That is relative to the dense
+    layers replaced, so a rate tuned for the dense model carries over.  With ``base``, weights are also scaled with
+    their input size (muP transfer over width).
 
     Args:
-        model: Any module, also a single layer, also compiled or wrapped.
-        plan: Reserved; the numbers are derived from the model's layers.
-        lr: Learning rate of a dense layer (of the base width, with ``base``).
-        optimizer: Name of the optimiser's family; see `structops.mup.FAMILY`.
-        base: None; or the fan-in at which ``lr`` was tuned, so that every weight gets ``base / in_features``; or the
-            base model, whose layers of the same name give the base fan-in of each.
-        weight_decay: Decay of a dense weight.  A factor's is divided by its learning-rate scale and by the number of
-            factors, so that the layer decays as fast as the dense one; biases, gains and scalars do not decay.
+        model: Any module, also a single layer, compiled, wrapped in DDP, or sharded by FSDP2.
+        plan: The plan of the model; see `structops.torch.plan`.
+        lr: Learning rate of the plan's reference.
+        optimizer: Name of the optimiser's family or a `Rule`; see `structops.mup.FAMILY`.  Not with a plan.
+        base: As in `structops.torch.plan`.  Not with a plan.
+        weight_decay: Decay of a dense weight; that of others follows the plan.  By default a factor's is divided by
+            its learning-rate scale and by the number of factors, so that the layer decays as fast as the dense one;
+            biases, gains and scalars do not decay.
+        eps: Adam's eps, scaled by the plan; left to the optimiser if not given.
         structure_aware: If false, factors get the learning rate of the dense layer: the naive baseline of the paper.
+        named: Whether ``params`` holds (name, parameter) pairs, so that the optimiser's state knows the names.
 
     Returns:
-        Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, sorted and merged by the last two.
+        Groups with ``params``, ``lr``, ``lr_scale`` and ``weight_decay``, merged by and sorted by the last two; never
+        empty.
 
     Raises:
-        StructureError: No rule for the optimiser, or the base model lacks a layer, or ``model`` is no module.
+        StructureError: No rule for the optimiser, the base model lacks a layer, ``model`` is no module, or the plan
+            is that of another model.
 
     Example:
         >>> import torch
+        >>> from structops.torch import StructuredLinear
         >>> layer = StructuredLinear(1024, 1024, "btt")
         >>> [(group["lr_scale"], len(group["params"])) for group in param_groups(layer, lr=1e-3)]
         [(1.0, 1), (16.0, 2)]
     """
-    if plan is not None:
-        raise StructureError("param_groups derives its numbers from the model; leave plan=None")
-    if not isinstance(model, nn.Module):
+    if plan is None:
+        rule = optimizer if isinstance(optimizer, Rule) else Rule(optimizer)
+        plan = plan_of(model, rule if structure_aware else replace(rule, structure_aware=False), base=base)
+    return grouped(model, plan, lr, weight_decay, eps=eps, named=named)
+
+
+def split(
+    model: nn.Module,
+    plan: MupPlan,
+    *,
+    lr: float = 2e-2,
+    adam_lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    named: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups for an optimiser of matrices such as Muon, and for the Adam beside it.
+
+    Args:
+        model: The module.
+        plan: A plan for an optimiser of matrices, such as ``plan(model, "muon")``; its rows say which they are.
+        lr: Learning rate of the optimiser of matrices.
+        adam_lr: Learning rate of Adam for embeddings, readout, biases, gains and scalars.
+        weight_decay: As in `param_groups`.
+        named: As in `param_groups`.
+
+    Returns:
+        The groups of both, with the keys of `param_groups`; a list without parameters is empty.
+
+    Raises:
+        StructureError: The plan is for an optimiser that takes all parameters, or is that of another model.
+
+    Example:
+        >>> from torch import nn
+        >>> from structops.torch import StructuredLinear, plan
+        >>> model = nn.Sequential(nn.Embedding(10, 16), StructuredLinear(16, 16, "btt"))
+        >>> muon, adam = split(model, plan(model, "muon"))
+        >>> [len(group["params"]) for group in muon], [len(group["params"]) for group in adam]
+        ([2], [1, 1])
+    """
+    if not plan.rule.family.matrices_only:
         raise StructureError(
-            f"expected the module, whose layers say what each parameter is; got {type(model).__name__}"
+            f"split takes a plan for an optimiser of matrices such as plan(model, 'muon'), got one for "
+            f"{plan.rule.optimizer!r}, which takes all parameters: use param_groups"
         )
-    merged: dict[tuple[float, float], list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for parameter, lr_scale, decay in _rows(model, optimizer, base, weight_decay, structure_aware):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            merged.setdefault((lr_scale, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": lr * lr_scale, "lr_scale": lr_scale, "weight_decay": decay}
-        for (lr_scale, decay), parameters in sorted(merged.items(), key=lambda item: item[0])
-    ]
+    matrices = grouped(model, plan, lr, weight_decay, lambda row: row.optimizer != "adam", named=named)
+    return matrices, grouped(model, plan, adam_lr, weight_decay, lambda row: row.optimizer == "adam", named=named)
 
 
-def _rows(
-    model: nn.Module, optimizer: str, base: int | nn.Module | None, weight_decay: float, structure_aware: bool
-) -> Iterator[tuple[Any, float, float]]:
-    """(parameter, lr scale, weight decay), the rows of structured layers first, so that those win where shared."""
-    bases = dict(_clean(base.named_modules())) if isinstance(base, nn.Module) else {}
-
-    def ratio(name: str, layer: Any) -> float:
-        if base is None:
-            return 1.0
-        if isinstance(base, int):
-            return width_ratio(base, layer, optimizer)
-        if not isinstance(base, nn.Module):
-            raise StructureError(f"base is None, a fan-in or the base model, got {base!r}")
-        if name not in bases:
-            raise StructureError(f"the base model has no layer {name!r}; it needs the same layers at another width")
-        return width_ratio(bases[name].in_features, layer, optimizer, bases[name].out_features)
-
-    layers = list(_clean(model.named_modules()))
-    for name, layer in layers:
-        if isinstance(layer, StructuredLinear):
-            width, rows = ratio(name, layer), scales(layer.plan, optimizer)
-            for parameter, row in zip(layer.factors, rows, strict=True):
-                lr_scale = width * (row.lr_scale if structure_aware else 1.0)
-                yield parameter, lr_scale, weight_decay / (lr_scale * len(rows))
-    for name, layer in layers:
-        if isinstance(layer, nn.Linear):
-            width = ratio(name, layer)
-            yield layer.weight, width, weight_decay / width
-    for parameter in model.parameters():
-        yield parameter, 1.0, weight_decay if parameter.ndim >= 2 else 0.0
-
-
-def _clean(named: Any) -> Any:
-    """Names without the prefixes of ``torch.compile``, DDP and FSDP."""
-    for name, layer in named:
-        parts = (part for part in name.split(".") if part not in ("_orig_mod", "module", "_fsdp_wrapped_module"))
-        yield ".".join(parts), layer
+def grouped(
+    model: nn.Module,
+    plan: MupPlan,
+    lr: float,
+    weight_decay: float,
+    keep: Callable[[PlanRow], bool] = lambda row: True,
+    *,
+    eps: float | None = None,
+    named: bool = False,
+) -> list[dict[str, Any]]:
+    """The parameters whose rows are kept, merged by learning-rate scale, weight decay and eps, in that order."""
+    merged: dict[tuple[float, float, float], list[Any]] = {}
+    rows = {row.name: row for row in plan}
+    for weight, parameter in described(model):
+        row = rows.pop(weight.name, None)
+        if row is None:
+            raise StructureError(f"the plan has no parameter {weight.name!r}; it is that of another model")
+        if keep(row):
+            key = row.lr_scale, weight_decay * row.wd_scale, row.eps_scale
+            merged.setdefault(key, []).append((weight.name, parameter) if named else parameter)
+    if rows:
+        raise StructureError(f"the plan has {', '.join(rows)}, which the model lacks; it is that of another model")
+    groups = []
+    for (lr_scale, decay, eps_scale), parameters in sorted(merged.items(), key=lambda item: item[0]):
+        group = {"params": parameters, "lr": lr * lr_scale, "lr_scale": lr_scale, "weight_decay": decay}
+        groups.append(group if eps is None else {**group, "eps": eps * eps_scale})
+    return groups
