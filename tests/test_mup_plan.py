@@ -45,7 +45,7 @@ def network(width: int, spec: str = "dense") -> list[Weight]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ the oracle
+# ----------------------------------------------------------------------------------------------------------- the oracle
 
 # microsoft/mup 1.0 at width 256 with base 64, MuReadout's factor 1/m in the forward pass folded into the readout's
 # rate (Adam: once, SGD: twice).
