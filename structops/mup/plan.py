@@ -266,9 +266,8 @@ def _row(weight: Weight, rule: Rule, base: Any) -> PlanRow:
     factor = weight.factor
     lr, words = _lr(weight, rule, base)
     init, std = _init(weight, rule)
-    decays = weight.is_matrix and not (weight.role == "embedding" and weight.in_features == 1)
     power = {"independent": 1.0, "sqrt": 0.5, "coupled": 0.0}[rule.decay]
-    wd = lr**-power / (weight.count if power else 1) if decays else 0.0
+    wd = lr**-power / (weight.count if power else 1) if weight.is_matrix else 0.0
     eps = _eps(factor, weight) if rule.scale_eps else 1.0
     return PlanRow(weight, rule.optimizer, init, std, lr, wd, eps, words)
 
