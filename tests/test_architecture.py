@@ -32,7 +32,7 @@ LAYERS = (
     {"algebra"},
     {"operators"},
     {"projection", "mup"},
-    {"sampling"},
+    {"sampling", "normalise"},
     {"torch", "jax"},
     {"studies", "bench", "testing"},
     {"doctor"},
