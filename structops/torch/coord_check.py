@@ -36,24 +36,26 @@ def coord_check(
     seeds: Sequence[int] = (0, 1, 2),
     *,
     rule: str | Rule = "adam",
+    probe: Any = None,
     tolerance: float = TOLERANCE,
     progress: Callable[[int, int], Any] | None = None,
 ) -> CoordReport:
     """Train models of growing width for a few steps and fit how the changes of their layers grow with it.
 
-    Per layer and factor: the output at the start, the change of the features on the first batch, the change that the
-    own weight makes of the same input, and spectral norms.  For each, the power of width with a 95 % band.
+    Per layer and factor: the output at the start, the change of the features on a batch that stays the same, the change
+    that the own weight makes of the same input, and spectral norms.  For each, the power of width with a 95 % band.
 
     Args:
         build: The model of a width; its random numbers are torch's global ones.
         widths: At least two, ascending.
-        batches: Pairs of inputs and targets, used in turn; the first is also the fixed batch.
+        batches: Pairs of inputs and targets, used in turn.
         loss: Loss of outputs and targets.
         make_optimizer: The optimiser of a model, or several; their learning rates give the predicted powers.
         steps: Optimiser steps before the measurement.
         seeds: Seeds of the initial values.
         rule: The rule that a correct learning rate follows; predictions compare the rates in use with it.  SGD is
             compared with the rule that counts blocks.
+        probe: The inputs on which changes are measured; those of the first batch if not given.
         tolerance: The power of width from which a layer drifts.
         progress: Called after each model with its width and seed.
 
@@ -82,7 +84,7 @@ def coord_check(
     forecasts: list[Forecast] = []
     for width in sorted(set(widths)):
         for seed in seeds:
-            measured, said = measure(build, width, seed, pairs, loss, make_optimizer, steps, rule)
+            measured, said = measure(build, width, seed, pairs, loss, make_optimizer, steps, rule, probe)
             records += measured
             forecasts += said if seed == seeds[0] else []
             if progress:
@@ -99,6 +101,7 @@ def measure(
     make_optimizer: Callable[[nn.Module], Optimizers],
     steps: int,
     rule: str | Rule = "adam",
+    probe: Any = None,
 ) -> tuple[list[Record], list[Forecast]]:
     """Train one model and measure its layers; see `coord_check`."""
     with torch.random.fork_rng():
@@ -107,7 +110,7 @@ def measure(
         made = make_optimizer(model)
         optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
         rates = {id(p): float(g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]}
-        probe = batches[0][0]
+        probe = batches[0][0] if probe is None else probe
         layers = _layers(model)
         old = {id(p): p.detach().clone() for layer in layers for _, p in layer.weights}
         before = _calls(model, layers, probe)
