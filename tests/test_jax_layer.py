@@ -126,9 +126,12 @@ class Net(nnx.Module):
 
 def test_scales_by_path():
     assert lr_scales(Net(64)) == {
+        ("head", "bias"): 1.0,
         ("head", "kernel"): 1.0,
+        ("layers", "0", "bias"): 1.0,
         ("layers", "0", "factors", "0"): 4.0,
         ("layers", "0", "factors", "1"): 4.0,
+        ("layers", "1", "bias"): 1.0,
         ("layers", "1", "factors", "0"): 8.0,
         ("layers", "1", "factors", "1"): 8.0,
     }
@@ -145,6 +148,7 @@ def test_scales_equal_those_of_torch():
 
     for spec, optimizer in (("btt(rank=4)", "adam"), ("monarch(blocks=4)", "sgd")):
         ours = lr_scales(StructuredLinear(64, 256, spec, rngs=nnx.Rngs(0)), optimizer=optimizer, base=16)
+        assert ours.pop(("bias",)) == 1.0
         twin = TorchLinear(64, 256, spec)
         theirs = {id(p): g["lr_scale"] for g in param_groups(twin, optimizer=optimizer, base=16) for p in g["params"]}
         assert ours == {("factors", str(k)): theirs[id(factor)] for k, factor in enumerate(twin.factors)}

@@ -6,6 +6,11 @@ try:
 except ImportError as error:
     raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
 
+from structops.jax.init import init as init
 from structops.jax.layer import StructuredLinear as StructuredLinear
 from structops.jax.optimizer import lr_scales as lr_scales
+from structops.jax.optimizer import muon_dims as muon_dims
+from structops.jax.optimizer import partition as partition
 from structops.jax.optimizer import scale_by_mup as scale_by_mup
+from structops.jax.weights import plan as plan
+from structops.jax.weights import weights as weights
