@@ -245,7 +245,8 @@ def make_plan(
     rule = optimizer if isinstance(optimizer, Rule) else Rule(optimizer)
     if isinstance(base, str) and base != "absolute":
         raise StructureError(f"base is None, a fan-in, 'absolute' or the base model, got {base!r}")
-    rows = tuple(_row(weight, _rule_for(weight, rule), base) for weight in weights)
+    ends = {weight.layer for weight in weights if weight.zero and weight.count > 1}
+    rows = tuple(_row(weight, _rule_for(weight, rule), base, weight.layer in ends) for weight in weights)
     return MupPlan(rows, rule, _reference(base), tuple(_warnings(rows, rule)))
 
 
@@ -262,10 +263,10 @@ def _reference(base: Any) -> str:
     return f"a dense layer of fan-in {base}" if isinstance(base, int) else "the base model"
 
 
-def _row(weight: Weight, rule: Rule, base: Any) -> PlanRow:
+def _row(weight: Weight, rule: Rule, base: Any, zero_last: bool) -> PlanRow:
     factor = weight.factor
     lr, words = _lr(weight, rule, base)
-    init, std = _init(weight, rule)
+    init, std = _init(weight, rule, zero_last)
     power = {"independent": 1.0, "sqrt": 0.5, "coupled": 0.0}[rule.decay]
     wd = lr**-power / (weight.count if power else 1) if weight.is_matrix else 0.0
     eps = _eps(factor, weight) if rule.scale_eps else 1.0
@@ -329,15 +330,18 @@ def _counterpart(weight: Weight, base: Sequence[Weight]) -> Weight | None:
     )
 
 
-def _init(weight: Weight, rule: Rule) -> tuple[str, float]:
+def _init(weight: Weight, rule: Rule, zero_last: bool) -> tuple[str, float]:
+    """How a parameter starts, and the std of its entries; ``zero_last`` if the last factor of its layer is zero."""
     if weight.zero:
         return "zero", 0.0
     if not weight.is_matrix:
         return "constant", 0.0
     if weight.role == "embedding":
-        return "gaussian", 1.0
-    if rule.init == "kaiming":
-        return "kaiming", 1 / math.sqrt(weight.factor.fan_in)
+        return "gaussian", init_std(weight.factor)  # of a table, with fan-in 1: one
+    # The paper's exception, as in `init_stds`: a first factor of low rank before a last one of zeros.
+    exception = zero_last and weight.position == 0 and weight.factor.fan_in == weight.in_features
+    if rule.init == "kaiming" or exception:
+        return rule.init, 1 / math.sqrt(weight.factor.fan_in)
     return rule.init, init_std(weight.factor)
 
 

@@ -9,5 +9,10 @@ from structops.torch.coord_check import coord_check as coord_check
 from structops.torch.coord_report import CoordReport as CoordReport
 from structops.torch.groups import param_groups as param_groups
 from structops.torch.groups import split as split
+from structops.torch.init import init_ as init_
 from structops.torch.layer import StructuredLinear as StructuredLinear
+from structops.torch.muon import Muon as Muon
+from structops.torch.probe import Probe as Probe
+from structops.torch.probe import probe as probe
+from structops.torch.schedule import guard as guard
 from structops.torch.weights import plan as plan

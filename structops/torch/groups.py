@@ -10,7 +10,7 @@ from torch import nn
 
 from structops.errors import StructureError
 from structops.mup import MupPlan, PlanRow, Rule
-from structops.torch.weights import described
+from structops.torch.weights import KERNEL, TRANSPOSED, rows_of
 from structops.torch.weights import plan as plan_of
 
 
@@ -98,7 +98,7 @@ def split(
         >>> model = nn.Sequential(nn.Embedding(10, 16), StructuredLinear(16, 16, "btt"))
         >>> muon, adam = split(model, plan(model, "muon"))
         >>> [len(group["params"]) for group in muon], [len(group["params"]) for group in adam]
-        ([2], [1, 1])
+        ([2], [2])
     """
     if not plan.rule.family.matrices_only:
         raise StructureError(
@@ -119,20 +119,29 @@ def grouped(
     eps: float | None = None,
     named: bool = False,
 ) -> list[dict[str, Any]]:
-    """The parameters whose rows are kept, merged by learning-rate scale, weight decay and eps, in that order."""
-    merged: dict[tuple[float, float, float], list[Any]] = {}
-    rows = {row.name: row for row in plan}
-    for weight, parameter in described(model):
-        row = rows.pop(weight.name, None)
-        if row is None:
-            raise StructureError(f"the plan has no parameter {weight.name!r}; it is that of another model")
+    """The parameters whose rows are kept, merged by learning-rate scale, weight decay, eps and layout, in that order.
+
+    Raises:
+        StructureError: The plan is that of another model.
+    """
+    merged: dict[tuple[Any, ...], list[Any]] = {}
+    for row, parameter in rows_of(model, plan):
         if keep(row):
-            key = row.lr_scale, weight_decay * row.wd_scale, row.eps_scale
-            merged.setdefault(key, []).append((weight.name, parameter) if named else parameter)
-    if rows:
-        raise StructureError(f"the plan has {', '.join(rows)}, which the model lacks; it is that of another model")
+            key = row.lr_scale, weight_decay * row.wd_scale, row.eps_scale, *_layout(row)
+            merged.setdefault(key, []).append((row.name, parameter) if named else parameter)
     groups = []
-    for (lr_scale, decay, eps_scale), parameters in sorted(merged.items(), key=lambda item: item[0]):
+    for (lr_scale, decay, eps_scale, layout, blocks), parameters in sorted(merged.items(), key=lambda item: item[0]):
         group = {"params": parameters, "lr": lr * lr_scale, "lr_scale": lr_scale, "weight_decay": decay}
-        groups.append(group if eps is None else {**group, "eps": eps * eps_scale})
+        if eps is not None:
+            group["eps"] = eps * eps_scale
+        if layout:
+            group |= {"layout": layout, "blocks": blocks}
+        groups.append(group)
     return groups
+
+
+def _layout(row: PlanRow) -> tuple[str, int]:
+    """How a parameter holds its matrices, if not on its last two axes; only an optimiser of matrices needs to know."""
+    factor = row.weight.factor
+    orthogonalised = row.optimizer.startswith("muon") and factor.name in (KERNEL, TRANSPOSED)
+    return (factor.name, factor.blocks) if orthogonalised else ("", 1)
