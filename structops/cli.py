@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+study = typer.Typer(help="Measure what muP promises, on handwritten digits.", no_args_is_help=True)
+app.add_typer(study, name="study")
 console = Console()
 
 
@@ -85,6 +88,47 @@ def algebra(
         raise typer.Exit(130) from None
 
 
+@study.command("coordinate-check")
+def coordinate_check(
+    structures: Annotated[str, typer.Option(help="Specs, separated by semicolons; six by default.")] = "",
+    optimizers: Annotated[str, typer.Option(help="Of adam, sgd and muon.")] = "adam;sgd;muon",
+    rules: Annotated[
+        str,
+        typer.Option(
+            "--rules",
+            "--rule",
+            help="Of paper, blocks (for SGD), corrected (share_exponent=0.5) and naive; those that differ.",
+        ),
+    ] = "paper;blocks;corrected;naive",
+    widths: Annotated[str, typer.Option(help="Widths, at least two.")] = "64;128;256;512;1024",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps before the measurement.")] = 10,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
+    expansion: Annotated[int, typer.Option(min=1, help="Width inside a block, relative to the stream.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path("coordinate-check"),
+) -> None:
+    """Does the change of features within a few steps stay the same as the network grows?  Fit its power of width."""
+    _require("torch", "demo")
+    from structops.studies import coordinate_check as studied
+
+    settings = studied.Settings(
+        widths=tuple(sorted(set(_numbers(widths, "--widths", least=2)))),
+        steps=steps,
+        seeds=tuple(range(seed, seed + seeds)),
+        expansion=expansion,
+    )
+    _study(
+        lambda: studied.coordinate_check(
+            structures=_names(structures) or studied.STRUCTURES,
+            chosen=_names(optimizers),
+            rules=_names(rules),
+            settings=settings,
+            out=out,
+            console=console,
+        )
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Check the installation; exit with 1 and the repair command where something is wrong."""
@@ -92,6 +136,39 @@ def doctor() -> None:
 
     if not diagnose(console):
         raise typer.Exit(1)
+
+
+def _names(text: str) -> list[str]:
+    """The parts between semicolons."""
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def _numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """Different whole positive numbers between semicolons or commas.
+
+    Raises:
+        BadParameter: One is none, or there are too few.
+    """
+    try:
+        values = [int(part) for part in _names(text.replace(",", ";"))]
+    except ValueError:
+        values = []
+    if len(set(values)) < least or min(values) < 1:
+        raise typer.BadParameter(f"expected {least} or more positive whole numbers, got {text!r}", param_hint=option)
+    return values
+
+
+def _study(run: Callable[[], Any]) -> None:
+    """Run a study; a wrong name ends with 2, an interrupt with 130."""
+    from structops.errors import StructureError
+
+    try:
+        run()
+    except StructureError as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted; what was finished is on disk")
+        raise typer.Exit(130) from None
 
 
 def _require(*extras: str) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from structops.errors import StructureWarning
 from structops.mup import Rule
 from structops.studies.mlp import CLASSES, PIXELS
-from structops.torch import StructuredLinear, param_groups, plan, split
+from structops.torch import Muon, StructuredLinear, param_groups, plan, split
 
 BASE = 64
 INPUT_RATE = 0.1  # of the input layer relative to its rule, as in the paper, so that it does not hide the others
@@ -82,40 +82,6 @@ def build(structure: str, width: int, expansion: int) -> Network:
         return Network(structure, width, expansion)
 
 
-class _Muon(torch.optim.Optimizer):
-    """Muon for stacks of blocks: every block's momentum is made orthogonal, times sqrt(max(1, fan-out / fan-in))."""
-
-    def __init__(self, groups: Any, lr: float = 2e-2, momentum: float = 0.95) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                blocks = parameter.grad.lerp(buffer, group["momentum"])
-                rows, columns = blocks.shape[-2:]
-                update = _orthogonal(blocks).mul_(max(1, rows / columns) ** 0.5)
-                parameter.add_(update, alpha=-group["lr"])
-
-
-def _orthogonal(blocks: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of every block, roughly: five Newton-Schulz steps."""
-    wide = blocks if blocks.shape[-2] <= blocks.shape[-1] else blocks.mT
-    # Divided by its largest entry first, so that the squares of tiny gradients do not vanish.
-    x = wide / wide.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide is blocks else x.mT
-
-
 def optimizers(model: nn.Module, rule: Rule, rate: float, expansion: int) -> list[Any]:
     """The optimisers of a network, with rates relative to the dense network of width 64."""
     with torch.device("meta"):
@@ -123,7 +89,7 @@ def optimizers(model: nn.Module, rule: Rule, rate: float, expansion: int) -> lis
     made: list[Any] = []
     if rule.family.matrices_only:
         muon, adam = split(model, plan(model, rule, base=base), lr=rate, adam_lr=RATES["adam"])
-        made = [_Muon(muon), torch.optim.Adam(_input_slower(model, adam), eps=1e-15)]
+        made = [Muon(muon), torch.optim.Adam(_input_slower(model, adam), eps=1e-15)]
     else:
         groups = _input_slower(model, param_groups(model, optimizer=rule, base=base, lr=rate))
         # No eps: gradients of a head of zeros start tiny.
