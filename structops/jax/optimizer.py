@@ -48,7 +48,7 @@ def lr_scales(
         {('factors', '0'): 4.0, ('factors', '1'): 4.0}
     """
     whole = _plan(model, plan, optimizer, base, structure_aware)
-    return {tuple(row.name.split(".")): row.lr_scale for row in whole}
+    return {tuple(row.name.split(".")) if row.name else (): row.lr_scale for row in whole}
 
 
 def scale_by_mup(
@@ -145,7 +145,7 @@ def partition(
         return build(_times(rate, row.lr_scale), weight_decay=row.wd_scale * weight_decay, **more)
 
     return optax.partition(
-        {label(row): make(row) for row in whole},
+        {text: make(row) for text, row in {label(row): row for row in whole}.items()},
         lambda params: jax.tree_util.tree_map_with_path(lambda path, _: label(find(path)), params),
     )
 

@@ -30,8 +30,11 @@ Specs = Mapping[str, Plan | tuple[int, int]]
 READOUTS = ("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer")
 KEYS = ("kernel", "weight", "w", "factors")  # names of arrays, after which no layer is called
 INPUTS_FIRST = "kernel"  # name of a dense factor stored as (inputs, outputs); any other has its outputs first
-NNX_NORMS = (nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.BatchNorm)
-EQX_NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm)
+# Layers whose other parameters are vectors, also where several layers were stacked.
+WITH_VECTORS = (
+    *(nnx.Linear, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.BatchNorm),
+    *(eqx.nn.Linear, eqx.nn.LayerNorm, eqx.nn.RMSNorm, eqx.nn.GroupNorm, eqx.nn.BatchNorm),
+)
 
 
 def plan(
@@ -169,24 +172,26 @@ def leaves(model: Any) -> list[tuple[Leaf, bool]]:
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.inexact):
             continue
         parts, nodes = _descend(model, path)
+        variable = nodes[-1] if nodes else None
         owners: list[Any] = []
-        if isinstance(nodes[-1], nnx.Variable):
-            if not isinstance(nodes[-1], nnx.Param):
+        if isinstance(variable, nnx.Variable):
+            if not isinstance(variable, nnx.Param):
                 continue  # statistics and caches are not trained
             # Equal arrays of a tree are trained one by one; a variable of NNX is one parameter, wherever it stands.
-            known = id(nodes[-1]) in of_variable
-            owners = of_variable.setdefault(id(nodes[-1]), [])
+            known = id(variable) in of_variable
+            owners = of_variable.setdefault(id(variable), [])
             nodes = nodes[:-1]
-            if not any(owner is nodes[-1] for owner in owners):
-                owners.append(nodes[-1])
+            owner = nodes[-1] if nodes else None
+            if not any(owner is other for other in owners):
+                owners.append(owner)
             if known:
                 continue
-        found.append((Leaf(parts, nodes, tuple(array.shape)), owners))
+        found.append((Leaf(parts, tuple(nodes), tuple(array.shape)), owners))
     # One layer that has two places does not tie its parameters.
     return [(leaf, len(owners) > 1) for leaf, owners in found]
 
 
-def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], list[Any]]:
     """The path of a parameter as strings, and what lies on it: at its end what holds the array, or its variable."""
     parts: list[str] = []
     nodes = [model]
@@ -195,7 +200,7 @@ def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], tuple[An
             break  # the rest of the path only unwraps it
         parts.append(text_of(key))
         nodes.append(_child(nodes[-1], key))
-    return tuple(parts), tuple(nodes if isinstance(nodes[-1], nnx.Variable) else nodes[:-1])
+    return tuple(parts), nodes if isinstance(nodes[-1], nnx.Variable) else nodes[:-1]
 
 
 def text_of(key: Any) -> str:
@@ -239,7 +244,7 @@ def _of_layer(leaf: Leaf) -> Weight:
         return _vector(leaf, owner.out_channels)
     if math.prod(shape) == 1:
         return _scalar(leaf)
-    if len(shape) == 1 or isinstance(owner, NNX_NORMS + EQX_NORMS):
+    if len(shape) == 1 or isinstance(owner, WITH_VECTORS):
         return _vector(leaf, shape[-1])
     m, n = (shape[-2], shape[-1]) if isinstance(owner, eqx.Module) else (shape[-1], shape[-2])
     name = "weight" if isinstance(owner, eqx.Module) else INPUTS_FIRST
