@@ -17,7 +17,7 @@ import structops as so
 from structops.algebra.closure import ROWS, UNARY, closure
 from structops.errors import StructureError
 from structops.spec import REGISTRY, ChainPlan, Plan, Structure
-from structops.studies.algebra import COST_COLUMNS, Growth, cost_cells
+from structops.studies.algebra import COST_COLUMNS, Growth, Library, cost_cells
 from structops.studies.closure import LAZY, cells, lazy, short
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -370,8 +370,8 @@ def costs_table() -> str:
     cells = [(f"`{verb}`", f"`{operands}`", *rest) for verb, operands, *rest in rows]
     where, library = data["machine"], data["backend"]
     words = (
-        f"Measured with {library} {where['versions'][library]} in float32 on one thread of "
-        f"a {where['machine']} machine with {where['cores']} cores."
+        f"Measured with {library} {where['versions'][library]} in float32 on {Library(library).threads} of "
+        f"a {where['machine']} machine with {where['cores']} cores that others used, too."
     )
     return table(COST_COLUMNS, cells, "llrrlr") + f"\n\n{words}"
 

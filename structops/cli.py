@@ -68,7 +68,7 @@ def demo(
 def algebra(
     costs: Annotated[bool, typer.Option("--costs", help="Time the verbs and fit how they grow with the size.")] = False,
     backend: Annotated[Backend, typer.Option(help="Library that computes; with --costs.")] = Backend.torch,
-    largest: Annotated[int, typer.Option(min=256, help="Largest number of rows; with --costs.")] = 2**22,
+    largest: Annotated[int, typer.Option(min=576, help="Largest number of rows; with --costs.")] = 2**22,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, JSON; with --costs.")] = None,
 ) -> None:
     """Print which structure A @ B, A + B, kron(A, B) and the like have; or, with --costs, what they cost."""
@@ -84,7 +84,7 @@ def algebra(
     try:
         run(backend=backend.value, largest=largest, out=out, console=console)
     except KeyboardInterrupt:
-        console.print("[yellow]interrupted")
+        console.print("[yellow]interrupted; the table has what was finished")
         raise typer.Exit(130) from None
 
 

@@ -125,7 +125,7 @@ def test_algebra_measures_every_verb_at_growing_sizes(backend, tmp_path):
     pytest.importorskip(backend, reason=f"needs {backend}")
     # Most of the time in JAX is compiling.
     env = {"COLUMNS": "120", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    small = ("--backend", backend, "--largest", "256", "--out", str(tmp_path / "costs.json"))
+    small = ("--backend", backend, "--largest", "576", "--out", str(tmp_path / "costs.json"))
     result = run("algebra", "--costs", *small, env={**os.environ, **env})
     assert result.returncode == 0, result.stderr
     data = json.loads((tmp_path / "costs.json").read_text())
@@ -136,7 +136,7 @@ def test_algebra_measures_every_verb_at_growing_sizes(backend, tmp_path):
     ]
     for row in data["rows"]:
         assert 2 <= len(row["sizes"]) == len(row["seconds"])
-        assert row["sizes"][-1] == 256
+        assert row["sizes"][-1] == 576
         assert all(t > 0 for t in row["seconds"])
         assert (row["exponent"] is None) == (row["fitted"] == 0)
     for case in study.CASES:

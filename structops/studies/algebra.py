@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -21,7 +21,7 @@ from structops.algebra.rounding import compress
 from structops.algebra.svd import svd
 from structops.operators import Diagonal, Permutation
 from structops.operators.kron import kron
-from structops.sampling import random
+from structops.spec import structure
 from structops.studies.report import machine, table, write_json
 
 # ---------------------------------------------------------------------------------------------------------- what is run
@@ -158,6 +158,7 @@ LARGEST = ROOTS[-1] ** 2
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 LONGEST = 0.1  # seconds of a run at which the sizes stop growing
+PATIENCE = 2  # the same for all that a size takes: operands, compiling, runs
 MOST_NUMBERS = 3e7  # of all operands: 120 MB in float32
 FEWEST = 3  # sizes of a fit
 
@@ -226,14 +227,17 @@ def growth(case: Case, library: Library, largest: int = LARGEST) -> Growth:
     run = library.compiled(VERBS[case.verb])
     sizes: list[int] = []
     seconds: list[float] = []
+    spent = 0.0
     for root in ROOTS[:: library.stride]:
-        if root**2 > largest or (seconds and seconds[-1] > LONGEST):
+        start = time.perf_counter()
+        if root**2 > largest or (seconds and seconds[-1] > LONGEST) or (len(sizes) >= FEWEST and spent > PATIENCE):
             break
         operands = [library.operand(name, root) for name in case.operands]
         if sum(map(library.numbers, operands)) > MOST_NUMBERS:
             break
         sizes.append(root**2)
         seconds.append(_fastest(run, operands))
+        spent = time.perf_counter() - start
     return _fitted(Growth(case.verb, case.label, case.cost, sizes, seconds))
 
 
@@ -261,7 +265,7 @@ def _fastest(run: Callable[..., Any], operands: Sequence[Any]) -> float:
 
 @dataclass(frozen=True)
 class Library:
-    """torch or JAX on one thread: random operands, and verbs as users run them.
+    """torch or JAX: random operands, and verbs as users run them.
 
     Attributes:
         backend: ``"torch"`` or ``"jax"``.
@@ -272,13 +276,19 @@ class Library:
 
     @property
     def stride(self) -> int:
-        """1 for torch, 2 for JAX."""
-        return 1 if self.backend == "torch" else 2
+        """1 for torch, 3 for JAX."""
+        return 1 if self.backend == "torch" else 3
+
+    @property
+    def threads(self) -> str:
+        """How it computes, in words."""
+        return "one thread" if self.backend == "torch" else "all cores"
 
     def prepare(self) -> None:
-        """One thread: with more, small sizes would run on one and large ones on several, which bends the lines."""
-        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        """One thread: with more, small sizes would run on one and large ones on several, which bends the lines.
+
+        Not in JAX, where batches of inverses wait for each other forever on one thread.
+        """
         if self.backend == "torch":
             import torch
 
@@ -293,10 +303,11 @@ class Library:
         if kind == "diagonal":
             return Diagonal(self._normal(n))
         if kind == UPDATE:  # far from singular
-            return Diagonal(self._normal(n) ** 2 + 1) + random(LOW_RANK, (n, n), **self._seed())
+            return Diagonal(self._normal(n) ** 2 + 1) + self.operand(LOW_RANK, root)
         if kind == "permutation":
             return Permutation(self._normal(n).argsort())
-        return random(kind, (n, n), **self._seed())
+        plan = structure(kind).plan(n, n)
+        return plan.operator([self._normal(*shape) / shape[-1] ** 0.5 for shape in plan.stored_shapes])
 
     def numbers(self, operand: Any) -> int:
         """How many numbers an operand holds."""
@@ -312,40 +323,44 @@ class Library:
         run = jax.jit(function)
         return lambda *operands: jax.block_until_ready(run(*operands))
 
-    def _seed(self) -> dict[str, Any]:
+    def _normal(self, *shape: int) -> Any:
+        """Normal numbers, drawn by numpy, since JAX would compile a generator for every shape."""
+        numbers = np.random.default_rng(0).standard_normal(shape, np.float32)
         if self.backend == "torch":
             import torch
 
-            return {"generator": torch.Generator().manual_seed(0)}
+            return torch.from_numpy(numbers)
         import jax
 
-        return {"key": jax.random.key(0)}
-
-    def _normal(self, n: int) -> Any:
-        if self.backend == "torch":
-            import torch
-
-            return torch.randn(n, **self._seed())
-        import jax
-
-        return jax.random.normal(self._seed()["key"], (n,))
+        return jax.numpy.asarray(numbers)
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
 def costs(*, backend: str, largest: int, out: Path | None, console: Console) -> list[Growth]:
-    """Time every case, print the table, and write the numbers to ``out`` if it is given."""
+    """Time every case, print the table, and write the numbers to ``out`` if it is given.
+
+    An interrupt leaves what was finished, and is raised again.
+    """
     library = Library(backend)
     library.prepare()
     rows: list[Growth] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(CASES))
-        for case in CASES:
-            progress.update(task, description=f"{case.verb}: {case.label}")
-            rows.append(growth(case, library, largest))
-            progress.advance(task)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(CASES))
+            for case in CASES:
+                progress.update(task, description=f"{case.verb}: {case.label}")
+                rows.append(growth(case, library, largest))
+                progress.advance(task)
+    finally:
+        if rows:
+            _report(rows, backend, out, console)
+    return rows
+
+
+def _report(rows: Sequence[Growth], backend: str, out: Path | None, console: Console) -> None:
     console.print(cost_table(rows, backend))
     console.print(
         "Each fit takes the sizes n whose time is over twice that of the smallest, less that of the smallest: "
@@ -354,7 +369,6 @@ def costs(*, backend: str, largest: int, out: Path | None, console: Console) -> 
     if out is not None:
         write_json(out, {"machine": machine(), "backend": backend, "rows": [asdict(row) for row in rows]})
         console.print(f"written to {out}")
-    return rows
 
 
 COST_COLUMNS = ("verb", "on", "n", "ms", "stated", "measured")
@@ -381,7 +395,9 @@ def _thousands(n: int) -> str:
 
 def cost_table(rows: Sequence[Growth], backend: str) -> Table:
     """The powers of n, a section a verb."""
-    result = table(f"Growth of the time with the size n ({backend}, float32, one thread)", COST_COLUMNS, [])
+    result = table(
+        f"Growth of the time with the size n ({backend}, float32, {Library(backend).threads})", COST_COLUMNS, []
+    )
     for column in result.columns[2:]:
         column.no_wrap = True
     result.columns[1].justify, result.columns[1].no_wrap, result.columns[1].min_width = "left", False, 16
