@@ -136,7 +136,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Every matrix (..., m, n) with its singular values pushed to about one, by Newton-Schulz in bfloat16."""
+    """Every matrix (blocks, m, n) with its singular values pushed to about one, by Newton-Schulz in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()
@@ -144,7 +144,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a fused sum rounds once
     return x.mT if tall else x
 
 

@@ -67,9 +67,9 @@ def plan(
         >>> plan(layer)["factors.0"].lr_scale
         16.0
     """
-    reference: Any = list(weights(base, roles)) if isinstance(base, nn.Module) else base
-    if not isinstance(reference, int | str | list | None):
+    if not isinstance(base, int | str | nn.Module | None):
         raise StructureError(f"base is None, a fan-in, 'absolute' or the base model, got {base!r}")
+    reference: Any = list(weights(base, roles)) if isinstance(base, nn.Module) else base
     return make_plan(list(weights(model, roles, zero)), optimizer, reference)
 
 
