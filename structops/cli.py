@@ -91,7 +91,7 @@ def algebra(
 @study.command("coordinate-check")
 def coordinate_check(
     structures: Annotated[str, typer.Option(help="Specs, separated by semicolons; six by default.")] = "",
-    optimizers: Annotated[str, typer.Option(help="Of adam, sgd and muon.")] = "adam;sgd;muon",
+    optimizers: Annotated[str, typer.Option(help="Of adam, sgd and muon, separated by semicolons.")] = "adam;sgd;muon",
     rules: Annotated[
         str,
         typer.Option(
@@ -129,6 +129,45 @@ def coordinate_check(
     )
 
 
+@study.command("lr-landscape")
+def lr_landscape(
+    structures: Annotated[str, typer.Option(help="Specs, separated by semicolons.")] = "dense;btt",
+    rules: Annotated[str, typer.Option("--rules", "--rule", help="Of paper, corrected and naive.")] = "paper;naive",
+    widths: Annotated[str, typer.Option(help="Widths, at least two.")] = "64;128;256",
+    lrs: Annotated[str, typer.Option(help="Powers of two of the learning rates, first:last or first:last:step.")] = (
+        "-12:-2"
+    ),
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 6,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Sweep the rates of input layer and head, too.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of results; with the same folder a run goes on.")] = Path(
+        "lr-landscape"
+    ),
+) -> None:
+    """Does the best learning rate stay the same as the network grows?  Train at every width and rate."""
+    _require("torch", "demo")
+    from structops.studies import lr_landscape as studied
+
+    rates = [2.0**power for power in _powers(lrs)]
+    sizes = sorted(set(_numbers(widths, "--widths", least=2)))
+    _study(
+        lambda: studied.lr_landscape(
+            structures=_names(structures),
+            rules=_names(rules),
+            widths=sizes,
+            lrs=rates,
+            seeds=range(seed, seed + seeds),
+            passes=epochs,
+            hidden_only=not all_layers,
+            out=out,
+            console=console,
+        )
+    )
+
+
 @app.command()
 def doctor() -> None:
     """Check the installation; exit with 1 and the repair command where something is wrong."""
@@ -155,6 +194,23 @@ def _numbers(text: str, option: str, least: int = 1) -> list[int]:
         values = []
     if len(set(values)) < least or min(values) < 1:
         raise typer.BadParameter(f"expected {least} or more positive whole numbers, got {text!r}", param_hint=option)
+    return values
+
+
+def _powers(text: str) -> list[float]:
+    """The numbers of ``first:last:step``, ascending.
+
+    Raises:
+        BadParameter: It is no such text, or gives fewer than three numbers.
+    """
+    try:
+        first, last, *rest = (float(part) for part in text.split(":"))
+        step = rest[0] if len(rest) == 1 else 1.0
+        values = [first + k * step for k in range(int((last - first) / step + 1e-9) + 1)] if len(rest) < 2 else []
+    except (ValueError, ZeroDivisionError, OverflowError):
+        values = []
+    if not 3 <= len(values) <= 1000 or values[0] > values[-1] or not -100 <= values[0] <= values[-1] <= 100:
+        raise typer.BadParameter(f"expected first:last or first:last:step, got {text!r}", param_hint="--lrs")
     return values
 
 

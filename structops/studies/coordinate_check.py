@@ -199,8 +199,8 @@ def coordinate_check(
 def _check_all(todo: Sequence[Variant], settings: Settings, console: Console, workers: int) -> Iterator[Checked]:
     """The variants as their last network ends."""
     jobs = [Job(variant, width, settings) for variant in todo for width in settings.widths]
-    # The longest first, so that no core idles at the end.
-    jobs.sort(key=lambda job: -job.width * (10 if job.variant.structure == "dense" else 1))
+    # Dense networks take longest and go first; a variant's widths together, so that an interrupt keeps most variants.
+    jobs.sort(key=lambda job: (job.variant.structure != "dense", todo.index(job.variant), -job.width))
     finished: dict[Variant, list[Done]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -220,11 +220,11 @@ def _run(jobs: Sequence[Job], workers: int) -> Iterator[Done]:
     if not workers:
         yield from map(run_job, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_prepare_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=prepare_worker) as pool:
         yield from pool.imap_unordered(run_job, jobs)
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
     """One thread a process; an interrupt is for the parent, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -82,28 +82,37 @@ def build(structure: str, width: int, expansion: int) -> Network:
         return Network(structure, width, expansion)
 
 
-def optimizers(model: nn.Module, rule: Rule, rate: float, expansion: int) -> list[Any]:
-    """The optimisers of a network, with rates relative to the dense network of width 64."""
+def optimizers(
+    model: nn.Module, rule: Rule, rate: float, expansion: int, *, hidden_only: bool = False
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a network, with rates relative to the dense network of width 64.
+
+    Args:
+        model: A `Network`.
+        rule: What makes rates of factors of it.
+        rate: Learning rate of the dense network of width 64.
+        expansion: That of the network.
+        hidden_only: Whether ``rate`` is that of the structured layers alone; all others take that of `RATES`.
+    """
     with torch.device("meta"):
         base = build("dense", BASE, expansion)
-    made: list[Any] = []
     if rule.family.matrices_only:
         muon, adam = split(model, plan(model, rule, base=base), lr=rate, adam_lr=RATES["adam"])
-        made = [Muon(muon), torch.optim.Adam(_input_slower(model, adam), eps=1e-15)]
-    else:
-        groups = _input_slower(model, param_groups(model, optimizer=rule, base=base, lr=rate))
-        # No eps: gradients of a head of zeros start tiny.
-        made = [torch.optim.Adam(groups, eps=1e-15) if rule.family.name == "adam" else torch.optim.SGD(groups)]
-    return made
+        return [Muon(muon), torch.optim.Adam(_rates(model, adam), eps=1e-15)]
+    others = RATES[rule.family.name] / rate if hidden_only else 1.0
+    groups = _rates(model, param_groups(model, optimizer=rule, base=base, lr=rate), others)
+    # No eps: gradients of a head of zeros start tiny.
+    return [torch.optim.Adam(groups, eps=1e-15) if rule.family.name == "adam" else torch.optim.SGD(groups)]
 
 
-def _input_slower(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups, with the input layer in one of its own."""
-    mine = {id(parameter) for parameter in model.get_submodule("embed").parameters()}
-    out = []
+def _rates(model: nn.Module, groups: list[dict[str, Any]], others: float = 1.0) -> list[dict[str, Any]]:
+    """The same groups, where the rate of the input layer is lower and that of all but hidden layers is multiplied."""
+    times = {id(parameter): others for parameter in model.parameters()}
+    times |= {id(parameter): others * INPUT_RATE for parameter in model.get_submodule("embed").parameters()}
+    times |= {id(p): 1.0 for name, p in model.named_parameters() if name.startswith("blocks") and ".factors." in name}
+    parts = []
     for group in groups:
-        embed = [p for p in group["params"] if id(p) in mine]
-        rest = [p for p in group["params"] if id(p) not in mine]
-        out += [{**group, "params": rest}] if rest else []
-        out += [{**group, "params": embed, "lr": group["lr"] * INPUT_RATE}] if embed else []
-    return out
+        for factor in sorted({times[id(p)] for p in group["params"]}):
+            params = [p for p in group["params"] if times[id(p)] == factor]
+            parts.append({**group, "params": params, "lr": group["lr"] * factor})
+    return parts
