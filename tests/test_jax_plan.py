@@ -118,6 +118,21 @@ def test_names_are_the_paths_of_the_state_also_of_abstract_and_tied_models():
     assert MupPlan.from_json(plan.to_json()) == plan
 
 
+def test_modules_that_are_no_trees_and_modules_within_trees():
+    class Graph(nnx.Module, pytree=False):
+        def __init__(self):
+            self.layers = [nnx.Linear(3, 5, rngs=nnx.Rngs(0)), soj.StructuredLinear(16, 16, "btt", rngs=nnx.Rngs(0))]
+
+    plan = soj.plan(Graph(), base=8)
+    names = ["layers.0.bias", "layers.0.kernel", "layers.1.bias", "layers.1.factors.0", "layers.1.factors.1"]
+    assert [row.name for row in plan] == names
+    assert plan["layers.1.factors.0"].lr_scale == 1.0
+    tree = {"layers": Graph().layers}
+    assert soj.plan(tree, base=8) == plan
+    moved = soj.scale_by_mup(tree, base=8).update(tree, optax.EmptyState())[0]
+    np.testing.assert_allclose(moved["layers"][0].kernel[...], tree["layers"][0].kernel[...] * 8 / 3, rtol=1e-6)
+
+
 def test_layers_of_nnx():
     rngs = nnx.Rngs(0)
     model = nnx.Dict(
@@ -305,6 +320,7 @@ def models():
         "equinox": (equinox, soj.plan(EqxNet(16), base=8)),
         "dict": (tree, soj.plan(tree, base=8, specs=specs)),
         "array": (jnp.ones((4, 4)), soj.plan(jnp.ones((4, 4)), base=8)),
+        "variable": (nnx.Param(jnp.ones((4, 4))), soj.plan(nnx.Param(jnp.ones((4, 4))), base=8)),
     }
 
 
@@ -312,10 +328,10 @@ def named(tree):
     """Leaves by dotted name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return {name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return {name.removesuffix("value").removesuffix("."): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-@pytest.mark.parametrize("kind", ["nnx", "equinox", "dict", "array"])
+@pytest.mark.parametrize("kind", ["nnx", "equinox", "dict", "array", "variable"])
 def test_updates_are_scaled_on_every_leaf_under_jit(kind):
     tree, plan = models()[kind]
     ones = jax.tree.map(jnp.ones_like, tree)

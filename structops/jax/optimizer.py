@@ -154,7 +154,8 @@ def muon_dims(plan: Any) -> Callable[[Any], Any]:
     """What ``optax.contrib.muon`` takes as ``muon_weight_dimension_numbers``, so that it sees the blocks.
 
     Of a stored factor (blocks, fan_out, fan_in) it orthogonalises every block by itself.  What it should not take,
-    such as embeddings, the readout and vectors, is None, which gives it to Adam.
+    such as embeddings, the readout and vectors, is None, which gives it to Adam.  The kernel of a grouped convolution,
+    whose groups are no axis, is taken whole.
 
     Args:
         plan: A plan for an optimiser of matrices, such as ``plan(model, "muon")``; or the model, for ``"muon"``.

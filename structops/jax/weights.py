@@ -7,7 +7,8 @@ so an abstract model (``nnx.eval_shape``, ``eqx.filter_eval_shape``) has the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -166,33 +167,35 @@ class Leaf:
 
 def leaves(model: Any) -> list[tuple[Leaf, bool]]:
     """Every parameter of a model, and whether several layers own it."""
-    found: list[tuple[Leaf, list[Any]]] = []
-    of_variable: dict[int, list[Any]] = {}
+    if isinstance(model, nnx.Module):
+        return list(_of_module(model))
+    found = []
     for path, array in jax.tree_util.tree_leaves_with_path(model):
-        if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.inexact):
-            continue
         parts, nodes = _descend(model, path)
-        variable = nodes[-1] if nodes else None
-        owners: list[Any] = []
-        if isinstance(variable, nnx.Variable):
-            if not isinstance(variable, nnx.Param):
-                continue  # statistics and caches are not trained
-            # Equal arrays of a tree are trained one by one; a variable of NNX is one parameter, wherever it stands.
-            known = id(variable) in of_variable
-            owners = of_variable.setdefault(id(variable), [])
-            nodes = nodes[:-1]
-            owner = nodes[-1] if nodes else None
-            if not any(owner is other for other in owners):
-                owners.append(owner)
-            if known:
-                continue
-        found.append((Leaf(parts, tuple(nodes), tuple(array.shape)), owners))
-    # One layer that has two places does not tie its parameters.
-    return [(leaf, len(owners) > 1) for leaf, owners in found]
+        # Statistics and caches are not trained.  Equal arrays of a tree are, one by one.
+        trained = isinstance(nodes[-1], nnx.Param) or not isinstance(nodes[-1], nnx.Variable)
+        if trained and hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.inexact):
+            found.append((Leaf(parts, nodes[:-1], tuple(array.shape)), False))
+    return found
 
 
-def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], list[Any]]:
-    """The path of a parameter as strings, and what lies on it: at its end what holds the array, or its variable."""
+def _of_module(model: nnx.Module) -> Iterator[tuple[Leaf, bool]]:
+    """The parameters of a module of NNX, each once and at the path that its state has."""
+    # A layer that has two places counts once: it does not tie its parameters.
+    owned = Counter(
+        id(value)
+        for _, layer in nnx.iter_modules(model)
+        for value in vars(layer).values()
+        if isinstance(value, nnx.Param)
+    )
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        parts, nodes = _descend(model, path)
+        if hasattr(variable, "dtype") and jnp.issubdtype(variable.dtype, jnp.inexact):
+            yield Leaf(parts, nodes[:-1], tuple(variable.shape)), owned[id(variable)] > 1
+
+
+def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The path of a parameter as strings, and what lies on it from the model down to its array or its variable."""
     parts: list[str] = []
     nodes = [model]
     for key in path:
@@ -200,7 +203,7 @@ def _descend(model: Any, path: Sequence[Any]) -> tuple[tuple[str, ...], list[Any
             break  # the rest of the path only unwraps it
         parts.append(text_of(key))
         nodes.append(_child(nodes[-1], key))
-    return tuple(parts), nodes if isinstance(nodes[-1], nnx.Variable) else nodes[:-1]
+    return tuple(parts), tuple(nodes)
 
 
 def text_of(key: Any) -> str:
@@ -212,11 +215,13 @@ def text_of(key: Any) -> str:
 
 
 def _child(node: Any, key: Any) -> Any:
+    """What lies under a key of any kind."""
+    name = next((getattr(key, kind) for kind in ("key", "name", "idx") if hasattr(key, kind)), key)
     try:
-        if isinstance(key, jax.tree_util.GetAttrKey):
-            return getattr(node, key.name)
-        return node[key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key]
-    except (AttributeError, KeyError, IndexError, TypeError):
+        if isinstance(name, str) and hasattr(node, name) and not isinstance(node, Mapping):
+            return getattr(node, name)
+        return node[name]
+    except (KeyError, IndexError, TypeError):
         return None  # a node of a kind of its own, which tells nothing about its parameters
 
 
