@@ -58,9 +58,14 @@ class Permutation(StructuredOperator, _cola.Permutation):
         check_axes("Permutation: perm", perm, "(n)")
         if _array.is_floating(perm.dtype) or "bool" in str(perm.dtype):
             raise BackendError(f"Permutation: perm must hold integers, got {perm.dtype}")
-        if _array.is_concrete(perm) and sorted(perm.tolist()) != list(range(perm.shape[0])):
+        if _array.is_concrete(perm) and not _is_permutation(perm):
             raise ShapeError(f"Permutation: perm must hold each of 0 ... {perm.shape[0] - 1} once")
         self.perm, self._dtype = perm, _default_float(perm) if dtype is None else dtype
+
+    @classmethod
+    def unchecked(cls, perm: Array, dtype: Dtype) -> Self:
+        """The operator of indices that are known to be a permutation, such as the result of a rule."""
+        return cls.tree_unflatten(((dtype,), frozenset()), (perm,))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,6 +111,11 @@ class Permutation(StructuredOperator, _cola.Permutation):
         return {}
 
 
+def _is_permutation(perm: Array) -> bool:
+    xp = _array.namespace(perm)
+    return bool((xp.sort(perm) == xp.arange(perm.shape[0]) + 0 * perm).all())
+
+
 def _default_float(perm: Array) -> Dtype:
     if _array.backend_of(perm) == "torch":
         return sys.modules["torch"].get_default_dtype()
@@ -115,14 +125,14 @@ def _default_float(perm: Array) -> Dtype:
 @product_rule.dispatch
 def permutation_times_permutation(A: Permutation, B: Permutation) -> LinearOperator | None:
     """``y = (x[B])[A] = x[B[A]]``."""
-    return Permutation(B.perm[A.perm], _array.promote(A.dtype, B.dtype))
+    return Permutation.unchecked(B.perm[A.perm], _array.promote(A.dtype, B.dtype))
 
 
 @kron_rule.dispatch
 def kron_permutations(A: Permutation, B: Permutation) -> LinearOperator | None:
     """Digits permute one by one."""
     perm = A.perm[:, None] * B.perm.shape[0] + B.perm[None, :]
-    return Permutation(perm.reshape((-1,)), _array.promote(A.dtype, B.dtype))
+    return Permutation.unchecked(perm.reshape((-1,)), _array.promote(A.dtype, B.dtype))
 
 
 @product_rule.dispatch
@@ -199,11 +209,11 @@ def ascending(values: Array, vectors: LinearOperator) -> Spectrum:
     """Eigenvalues by modulus, the smallest first, and the vectors in that order."""
     xp = _array.namespace(values)
     order = xp.argsort(xp.abs(values))
-    return Spectrum(values[order], vectors @ Permutation(order, vectors.dtype).T)
+    return Spectrum(values[order], vectors @ Permutation.unchecked(order, vectors.dtype).T)
 
 
 def descending(U: LinearOperator, S: Array, Vh: LinearOperator) -> SVD:
     """Singular values, the largest first, and the vectors in that order."""
     xp = _array.namespace(S)
-    P = Permutation(xp.flip(xp.argsort(S), axis=0), S.dtype)
+    P = Permutation.unchecked(xp.flip(xp.argsort(S), axis=0), S.dtype)
     return SVD(U @ P.T, S[P.perm], P @ Vh)
