@@ -21,14 +21,13 @@ from flax import nnx
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.mup import MupPlan, Rule, Weight, make_plan
-from structops.mup.plan import ROLES
+from structops.mup.selection import READOUTS, check_glob, with_roles, with_zeros
 from structops.spec import Plan
 
 # Of a dense weight: inputs and outputs of a block, the axes of one layer, the name for their order, and the blocks.
 Dense = tuple[int, int, tuple[int, ...], str, int]
 Specs = Mapping[str, Plan | tuple[int, int]]
 
-READOUTS = ("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer")
 KEYS = ("kernel", "weight", "w", "factors")  # names of arrays, after which no layer is called
 INPUTS_FIRST = "kernel"  # name of a dense factor stored as (inputs, outputs); any other has its outputs first
 # Layers whose other parameters are vectors, also where several layers were stacked.
@@ -128,8 +127,8 @@ def weights(
             f"expected a module of Flax NNX or Equinox, or a tree of parameters; {type(model).__name__} has none"
         )
     for pattern in unused:
-        _check_glob("specs", pattern, False, found)
-    return _with_zeros(_with_roles(found, roles or {}), zero)
+        check_glob("specs", pattern, False, found)
+    return with_zeros(with_roles(found, roles or {}), zero)
 
 
 # --------------------------------------------------------------------------------------------------------------- leaves
@@ -365,52 +364,3 @@ def _pair(leaf: Leaf, spec: Any) -> Dense:
             if any(math.prod(own[:k]) == first and math.prod(own[k:]) == last for k in range(1, len(own))):
                 return n, m, own, order, 1
     raise StructureError(f"specs: {leaf.name} has shape {leaf.shape}, which is no weight of {n} inputs, {m} outputs")
-
-
-def _with_roles(found: list[Weight], roles: Mapping[str, str]) -> list[Weight]:
-    """The weights with the roles that were given for their names or layers; a later glob wins.
-
-    Raises:
-        StructureError: A role is unknown, or a glob fits nothing.
-    """
-    for pattern, role in roles.items():
-        if role not in ROLES:
-            raise StructureError(f"roles: expected one of {', '.join(ROLES)} for {pattern!r}, got {role!r}")
-        fits = [_fits(weight, pattern) for weight in found]
-        _check_glob("roles", pattern, any(fits), found)
-        found = [_with_role(weight, role) if fit else weight for weight, fit in zip(found, fits, strict=True)]
-    return found
-
-
-def _with_role(weight: Weight, role: str) -> Weight:
-    """A weight in another role.  What was guessed from a shape, or is no matrix any more, is fed by one number."""
-    name, shape = weight.factor.name, weight.factor.shape
-    if role not in ("scalar", "vector") and (role != "embedding" or weight.known):
-        return replace(weight, role=role, known=True)
-    size = {"scalar": 1, "vector": math.prod(shape), "embedding": shape[-1]}[role]
-    factor = Factor(name, shape, fan_in=1, fan_out=size)
-    return replace(weight, role=role, known=True, factor=factor, in_features=1, out_features=size)
-
-
-def _with_zeros(found: list[Weight], zero: str | Sequence[str]) -> list[Weight]:
-    """The weights with those marked that start at zero: dense ones and last factors, never a first factor.
-
-    Raises:
-        StructureError: A glob fits no such weight.
-    """
-    for pattern in [zero] if isinstance(zero, str) else zero:
-        fits = [w.is_matrix and w.position == w.count - 1 and _fits(w, pattern) for w in found]
-        _check_glob("zero", pattern, any(fits), found)
-        found = [replace(w, zero=True) if fit else w for w, fit in zip(found, fits, strict=True)]
-    return found
-
-
-def _fits(weight: Weight, pattern: str) -> bool:
-    """Whether a glob names a parameter, or the layer of a matrix."""
-    return fnmatchcase(weight.name, pattern) or (weight.is_matrix and fnmatchcase(weight.layer, pattern))
-
-
-def _check_glob(what: str, pattern: str, fits: bool, found: Sequence[Weight]) -> None:
-    if not fits:
-        names = ", ".join(weight.name for weight in found[:8]) + (", ..." if len(found) > 8 else "")
-        raise StructureError(f"{what}: {pattern!r} fits no parameter or layer of the model; it has {names}")

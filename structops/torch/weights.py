@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.mup import MupPlan, PlanRow, Rule, Weight, make_plan
-from structops.mup.plan import ROLES
 from structops.mup.rules import dense_factor
+from structops.mup.selection import READOUTS, with_roles, with_zeros
 from structops.torch.layer import StructuredLinear
 
 # Modules that hold another one, and the name under which they hold it.  Found by name: importing FSDP is slow.
@@ -31,7 +30,6 @@ WRAPPERS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
-READOUTS = ("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer")
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Weights of attention and of recurrent layers, each stored (out, in) like that of a linear layer.  Projections that are
 # fused into one array, such as those of query, key and value, count as one weight, as they would in an ``nn.Linear``.
@@ -108,7 +106,7 @@ def described(
             weight = replace(weight, tied=owners[id(parameter)] > 1)
             found.setdefault(id(parameter), (weight, parameter))  # the list that holds the factors comes later
     pairs = sorted(found.values(), key=lambda pair: order[id(pair[1])])
-    chosen = _with_zeros(_with_roles([weight for weight, _ in pairs], roles or {}), zero)
+    chosen = with_zeros(with_roles([weight for weight, _ in pairs], roles or {}), zero)
     yield from zip(chosen, (parameter for _, parameter in pairs), strict=True)
 
 
@@ -228,55 +226,3 @@ def _dense(full: str, name: str, role: str, n: int, m: int) -> Weight:
 
 def _vector(full: str, name: str, size: int) -> Weight:
     return Weight(full, name, "vector", Factor("vector", (size,), fan_in=1, fan_out=size), 1, size)
-
-
-def _with_roles(found: list[Weight], roles: Mapping[str, str]) -> list[Weight]:
-    """The weights with the roles that were given for their names or layers; a later glob wins.
-
-    Raises:
-        StructureError: A role is unknown, or a glob fits nothing.
-    """
-    for pattern, role in roles.items():
-        if role not in ROLES:
-            raise StructureError(f"roles: expected one of {', '.join(ROLES)} for {pattern!r}, got {role!r}")
-        fits = [_fits(weight, pattern) for weight in found]
-        _check_glob("roles", pattern, any(fits), found)
-        found = [_with_role(weight, role) if fit else weight for weight, fit in zip(found, fits, strict=True)]
-    return found
-
-
-def _with_role(weight: Weight, role: str) -> Weight:
-    """A weight in another role.  What was guessed from a shape, or is no matrix any more, is fed by one number."""
-    factor, shape = weight.factor, weight.factor.shape
-    if role == "scalar":
-        factor = Factor(factor.name, shape, 1, 1)
-    elif role == "vector" or (role == "embedding" and not weight.known):
-        size = math.prod(shape) if role == "vector" else shape[-1]
-        factor = Factor(factor.name, shape, fan_in=1, fan_out=size)
-    if factor is weight.factor:
-        return replace(weight, role=role, known=True)
-    return replace(weight, role=role, known=True, factor=factor, in_features=1, out_features=factor.fan_out)
-
-
-def _with_zeros(found: list[Weight], zero: str | Sequence[str]) -> list[Weight]:
-    """The weights with those marked that start at zero: dense ones and last factors, never a first factor.
-
-    Raises:
-        StructureError: A glob fits no such weight.
-    """
-    for pattern in [zero] if isinstance(zero, str) else zero:
-        fits = [w.is_matrix and w.position == w.count - 1 and _fits(w, pattern) for w in found]
-        _check_glob("zero", pattern, any(fits), [w for w in found if w.is_matrix])
-        found = [replace(w, zero=True) if fit else w for w, fit in zip(found, fits, strict=True)]
-    return found
-
-
-def _fits(weight: Weight, pattern: str) -> bool:
-    """Whether a glob names a parameter, or the layer of a matrix."""
-    return fnmatchcase(weight.name, pattern) or (weight.is_matrix and fnmatchcase(weight.layer, pattern))
-
-
-def _check_glob(what: str, pattern: str, fits: bool, found: Sequence[Weight]) -> None:
-    if not fits:
-        names = ", ".join(weight.name for weight in found[:8]) + (", ..." if len(found) > 8 else "")
-        raise StructureError(f"{what}: {pattern!r} fits no parameter or layer of the model; it has {names}")
