@@ -109,7 +109,9 @@ def measure(
         model = build(width)
         made = make_optimizer(model)
         optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
-        rates = {id(p): float(g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"]}
+        rates = {
+            id(p): float(g["lr"]) for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad
+        }
         probe = batches[0][0] if probe is None else probe
         layers = _layers(model)
         old = {id(p): p.detach().clone() for layer in layers for _, p in layer.weights}
@@ -236,15 +238,16 @@ def spectral_norms(blocks: Tensor, iterations: int = 30) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(blocks.shape[0], blocks.shape[2], 1, generator=generator).to(blocks)
-    sigma = blocks.new_zeros(blocks.shape[0])
-    tiny = torch.finfo(blocks.dtype).tiny
+    # Entries of at most one: squares of tiny changes do not vanish, and those of diverged ones do not overflow.
+    largest = blocks.abs().amax(dim=(1, 2)).clamp_min(torch.finfo(blocks.dtype).tiny)
+    blocks = blocks / largest[:, None, None]
+    sigma = torch.zeros_like(largest)
     for _ in range(iterations):
-        v = v / v.norm(dim=1, keepdim=True).clamp_min(tiny)
+        v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(blocks.dtype).tiny)
         u = blocks @ v
         sigma = u.norm(dim=(1, 2))
-        # Both factors are of size one, so that neither small nor large entries leave the range of float32.
-        v = blocks.mT @ (u / u.norm(dim=1, keepdim=True).clamp_min(tiny))
-    return sigma
+        v = blocks.mT @ u
+    return sigma * largest
 
 
 def _forecasts(layers: Sequence[_Layer], width: int, rates: dict[int, float], rule: str | Rule) -> Iterator[Forecast]:

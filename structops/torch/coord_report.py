@@ -11,6 +11,7 @@ from typing import Any
 from structops.errors import StructureError
 
 TOLERANCE = 0.15
+FINE = ("ok", "not trained")  # verdicts
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class CoordRow:
         change: Of the spectral norm of the change.
         predicted: Of the change of this weight, from the learning rates in use: 0 by the rule, less where a rate is too
             small for wide models.
-        verdict: ``"ok"``; ``"drift, as predicted"``; ``"drift"``; ``"diverged"``; or ``""`` for a factor.
+        verdict: ``"ok"``; ``"drift, as predicted"``; ``"drift"``; ``"diverged"``; ``"unmoved"``; ``"not trained"``,
+            which is no fault; or ``""`` for a factor.
     """
 
     layer: str
@@ -169,7 +171,7 @@ class CoordReport(Sequence[CoordRow]):
     @property
     def ok(self) -> bool:
         """Whether no hidden layer drifts."""
-        return all(row.verdict == "ok" for row in self.hidden)
+        return all(row.verdict in FINE for row in self.hidden)
 
     @property
     def culprit(self) -> str:
@@ -178,7 +180,7 @@ class CoordReport(Sequence[CoordRow]):
         A layer's features also move because those before it do.  The change that its own weight makes of the same input
         tells the two apart.
         """
-        drifting = [row for row in self.rows if not row.factor and row.verdict not in ("ok", "")]
+        drifting = [row for row in self.rows if not row.factor and row.verdict not in FINE]
         if not drifting:
             return ""
         own = {row.layer: abs(row.own.value) for row in drifting if math.isfinite(row.own.value)}
@@ -282,6 +284,8 @@ class CoordReport(Sequence[CoordRow]):
         for panel, key, word in zip(panels, ("feature", "own"), ("features", "the own weight's making"), strict=True):
             for row in self.hidden:
                 widths, means = self.means(row.layer, "", key)
+                if not widths:
+                    continue
                 panel.plot(widths, means, marker="o", label=f"{row.layer}: {getattr(row, key).value:+.2f}")
             panel.set(xscale="log", yscale="log", xlabel="width", title=f"change of {word} in {self.steps} steps")
             panel.grid(alpha=0.3, which="both")
@@ -309,7 +313,6 @@ class CoordReport(Sequence[CoordRow]):
             for key in ("start", "feature", "own", "norm", "change")
         }
         predicted = fit((f.width, f.own) for f in forecasts).value
-        finite = all(math.isfinite(r.feature) and math.isfinite(r.own) for r in records)
         return CoordRow(
             layer=layer,
             factor=factor,
@@ -317,13 +320,15 @@ class CoordReport(Sequence[CoordRow]):
             structure=forecasts[0].structure,
             start_predicted=fit((f.width, f.start) for f in forecasts).value,
             predicted=predicted,
-            verdict="" if factor else self._verdict(slopes["feature"].value, predicted, finite),
+            verdict="" if factor else self._verdict(records, forecasts, slopes["feature"].value, predicted),
             **slopes,
         )
 
-    def _verdict(self, slope: float, predicted: float, finite: bool) -> str:
-        if not finite:
+    def _verdict(self, records: Sequence[Record], forecasts: Sequence[Forecast], slope: float, predicted: float) -> str:
+        if not all(math.isfinite(r.feature) and math.isfinite(r.own) for r in records):
             return "diverged"
+        if not all(r.feature for r in records):
+            return "unmoved" if any(f.own for f in forecasts) else "not trained"
         if abs(slope) <= self.tolerance:
             return "ok"
         return "drift, as predicted" if abs(slope - predicted) <= self.tolerance else "drift"
