@@ -66,7 +66,7 @@ def network(structure: str, width: int) -> Network:
 
 @cache
 def change(structure: str, width: int, aware: bool = True) -> float:
-    """Root mean square of the change in a step of what a block adds, for a fixed batch, averaged over blocks and steps."""
+    """Root mean square of the change in a step of what a block adds, for a fixed batch, over blocks and steps."""
     generator = torch.Generator().manual_seed(0)
     means = 0.5 * torch.randn(10, PIXELS, generator=generator)
 

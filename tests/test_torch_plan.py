@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, Line
 
 import structops as so  # noqa: E402
 from structops.mup import MupPlan, Rule, init_stds  # noqa: E402
-from structops.torch import Muon, StructuredLinear, guard, init_, param_groups, plan, probe, split  # noqa: E402
+from structops.torch import Muon, StructuredLinear, guard, init_, lint, param_groups, plan, probe, split  # noqa: E402
 from structops.torch.weights import as_blocks, from_blocks, weights  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -836,3 +836,15 @@ def test_the_probe_takes_functions_and_leaves_the_random_state_alone():
 def test_the_probe_says_why_nothing_fits(optimizer, kwargs, text):
     with pytest.raises(so.StructureError, match=text):
         probe(optimizer, **kwargs)
+
+
+def test_an_optimizer_that_does_not_fit_the_plan_is_named() -> None:
+    layer = StructuredLinear(64, 64, "btt")
+    assert lint(plan(layer), torch.optim.AdamW) == ()
+    assert lint(plan(layer, "muon"), Muon) == ()
+    (wrong,) = lint(plan(layer), torch.optim.SGD)
+    assert wrong.startswith("M016 the plan is for adam, and SGD behaves like sgd")
+    (refused,) = lint(plan(layer, "muon"), torch.optim.Muon)
+    assert refused.startswith("M008 Muon refuses factors of several blocks (factors.0, factors.1)")
+    assert "structops.torch.Muon" in refused
+    assert lint(plan(StructuredLinear(64, 64, "dense"), "muon"), torch.optim.Muon) == ()

@@ -13,6 +13,7 @@ from structops.torch.init import init_ as init_
 from structops.torch.layer import StructuredLinear as StructuredLinear
 from structops.torch.muon import Muon as Muon
 from structops.torch.probe import Probe as Probe
+from structops.torch.probe import lint as lint
 from structops.torch.probe import probe as probe
 from structops.torch.schedule import guard as guard
 from structops.torch.weights import plan as plan

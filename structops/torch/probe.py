@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structops.chain import Factor
 from structops.errors import StructureError
-from structops.mup import FAMILIES, Family, Rule
+from structops.mup import FAMILIES, Family, MupPlan, Rule
 
 SIZES = ((8, 8), (32, 8), (8, 32), (64, 16), (16, 64), (48, 24))  # fan_out, fan_in
 BLOCKS = ((4, 8, 8), (16, 16, 8), (4, 8, 16), (3, 24, 8))
@@ -98,6 +98,47 @@ def probe(optimizer: Callable[..., Any], **kwargs: Any) -> Probe:
     name = min(fitting, key=spreads.__getitem__)
     blocks, text = _blocks(make)
     return Probe(name, blocks, "\n".join([*lines, f"blocks: {text}"]))
+
+
+def lint(plan: MupPlan, optimizer: Callable[..., Any], **kwargs: Any) -> tuple[str, ...]:
+    """What will not transfer when a plan is trained with an optimiser: the plan's warnings, and what a probe adds.
+
+    Args:
+        plan: The plan of a model.
+        optimizer: As for `probe`.
+        **kwargs: For ``optimizer``.
+
+    Returns:
+        The warnings, each with a code; M008 where blocks are not updated one by one, M016 where the plan is for
+        another family.
+
+    Raises:
+        StructureError: No family fits the optimiser.
+
+    Example:
+        >>> from structops.torch import StructuredLinear
+        >>> from structops.torch.weights import plan
+        >>> recipe = plan(StructuredLinear(64, 64, "btt"), "sgd")
+        >>> [warning[:4] for warning in lint(recipe, torch.optim.Adam)]
+        ['M016']
+        >>> lint(recipe, torch.optim.SGD)
+        ()
+    """
+    found = probe(optimizer, **kwargs)
+    warnings = list(plan.warnings)
+    if found.family != plan.rule.family.name:
+        warnings.append(
+            f"M016 the plan is for {plan.rule.family.name}, and {_name(optimizer)} behaves like {found.family}; "
+            f"make the plan with {found.family!r}"
+        )
+    stacked = [row.name for row in plan if row.weight.factor.blocks > 1 and row.optimizer == plan.rule.optimizer]
+    if stacked and found.blocks != "batched":
+        what = "mixes the blocks of" if found.blocks == "flattened" else "refuses"
+        warnings.append(
+            f"M008 {_name(optimizer)} {what} factors of several blocks ({', '.join(stacked[:3])}"
+            f"{', ...' if len(stacked) > 3 else ''}); structops.torch.Muon updates them one by one"
+        )
+    return tuple(warnings)
 
 
 class _Runner:
