@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from structops import cli, doctor
 from structops.algebra import closure
@@ -28,7 +29,7 @@ def run(*arguments, **kwargs):
 def test_help_lists_the_commands_and_is_light():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("demo", "algebra", "doctor"):
+    for command in ("demo", "algebra", "study", "doctor"):
         assert command in result.stdout
     heavy = "('torch', 'jax', 'cola', 'matplotlib')"
     code = f"import structops.cli, structops.studies.closure, sys; print([m for m in {heavy} if m in sys.modules])"
@@ -147,6 +148,76 @@ def test_algebra_measures_every_verb_at_growing_sizes(backend, tmp_path):
 
 def test_algebra_refuses_sizes_that_say_nothing():
     assert run("algebra", "--costs", "--largest", "100").returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+
+
+@pytest.mark.slow
+def test_coordinate_check_tells_the_naive_rule_from_the_others(tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch")
+    small = ("--structures", "btt", "--optimizers", "adam;muon", "--rules", "paper;naive", "--widths", "64,256")
+    where = ("--seeds", "4", "--out", str(tmp_path))
+    result = run("study", "coordinate-check", *small, *where, env={**os.environ, "COLUMNS": "150"})
+    assert result.returncode == 0, result.stderr
+    data = json.loads((tmp_path / "coordinate-check.json").read_text())
+    assert data["finished"] == f"{len(data['checks'])} of 4"
+    found = {(check["optimizer"], check["rule"]): check for check in data["checks"]}
+    assert found["adam", "paper"]["ok"]
+    assert found["muon", "paper"]["ok"]
+    assert not found["adam", "naive"]["ok"]
+    assert found["adam", "naive"]["culprit"].startswith("blocks.")
+    (row,) = [row for row in found["adam", "naive"]["rows"] if (row["layer"], row["factor"]) == ("blocks.1.up", "")]
+    assert row["predicted"] == pytest.approx(-0.5)
+    (line,) = [line for line in result.stdout.splitlines() if "adam" in line and "naive" in line]
+    assert "drift" in line
+    assert (tmp_path / "coordinate-check.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coordinate-check.json", "coordinate-check.png"]
+
+
+@pytest.mark.slow
+def test_lr_landscape_goes_on_where_it_stopped(tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch")
+    small = ("--structures", "btt", "--rules", "paper;naive", "--widths", "16;64", "--lrs=-12:-4:4", "--seeds", "1")
+    arguments = ("study", "lr-landscape", *small, "--epochs", "1", "--out", str(tmp_path))
+    first = run(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "12 of 12 trainings were new" in " ".join(first.stdout.split())
+    file = tmp_path / "lr-landscape.jsonl"
+    whole = json.loads((tmp_path / "lr-landscape.json").read_text())["sweeps"]
+    assert [(row["structure"], row["rule"], len(row["points"])) for row in whole] == [
+        ("btt", "paper", 6),
+        ("btt", "naive", 6),
+    ]
+    # As if it had been killed while it wrote the last of its lines.
+    file.write_text(file.read_text()[:-20])
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 12 trainings were new" in " ".join(again.stdout.split())
+    assert json.loads((tmp_path / "lr-landscape.json").read_text())["sweeps"] == whole
+    assert (tmp_path / "lr-landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("coordinate-check", "--widths", "64"),
+        ("coordinate-check", "--widths", "64;x"),
+        ("coordinate-check", "--steps", "0"),
+        ("coordinate-check", "--optimizers", "lbfgs"),
+        ("coordinate-check", "--rules", "guess"),
+        ("coordinate-check", "--structures", "nonsense"),
+        ("lr-landscape", "--lrs", "-4"),
+        ("lr-landscape", "--lrs", "-4:-2:0"),
+        ("lr-landscape", "--rules", "guess"),
+    ],
+)
+def test_studies_refuse_what_they_do_not_know(command, option, value, tmp_path):
+    pytest.importorskip("torch", reason="needs PyTorch")
+    out = str(tmp_path / "out")
+    result = CliRunner().invoke(cli.app, ["study", command, f"{option}={value}", "--out", out])
+    assert result.exit_code == 2, result.output
+    assert not Path(out).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- doctor

@@ -28,7 +28,7 @@ from structops.torch import plan
 from structops.torch.coord_check import measure
 from structops.torch.coord_report import CoordReport, CoordRow, Forecast, Record
 
-STRUCTURES = ("dense", "low_rank", "monarch(blocks=4)", "tt", "btt", "kron")
+STRUCTURES = ("dense", "low_rank", "monarch(blocks=4)", "tt(rank=4)", "btt", "kron")
 WIDTHS = (64, 128, 256, 512, 1024)
 BATCH = 120
 
@@ -238,7 +238,7 @@ def worst(report: CoordReport) -> CoordRow:
     return max(report.hidden, key=lambda row: abs(row.feature.value) if math.isfinite(row.feature.value) else math.inf)
 
 
-COLUMNS = ("optimizer", "structure", "rule", "feature change", "worst layer", "own change", "predicted", "verdict")
+COLUMNS = ("optimizer", "structure", "rule", "feature change", "of layer", "own change", "predicted", "verdict")
 
 
 def summary_cells(checked: Sequence[Checked]) -> list[tuple[str, ...]]:
@@ -261,7 +261,10 @@ def summary_table(checked: Sequence[Checked], settings: Settings) -> Any:
     """The table of `summary_cells`."""
     widths, seeds = ", ".join(map(str, settings.widths)), len(settings.seeds)
     title = f"Powers of width after {settings.steps} steps; widths {widths}; {seeds} seed(s)"
-    return table(title, COLUMNS, summary_cells(checked))
+    result = table(title, COLUMNS, summary_cells(checked))
+    result.columns[1].overflow = "fold"
+    result.columns[-1].min_width = 8
+    return result
 
 
 def _data(checked: Sequence[Checked], total: int, settings: Settings, seconds: float) -> dict[str, Any]:

@@ -194,7 +194,9 @@ def summary_cells(reports: dict[Landscape, SweepReport]) -> list[tuple[str, ...]
 def summary_table(reports: dict[Landscape, SweepReport]) -> Any:
     """The table of `summary_cells`."""
     widths = " / ".join(map(str, next(iter(reports.values())).widths))
-    return table(f"Best learning rates at widths {widths}; * at the end of the grid", COLUMNS, summary_cells(reports))
+    result = table(f"Best learning rates at widths {widths}; * at the end of the grid", COLUMNS, summary_cells(reports))
+    result.columns[-1].min_width = len("transfers")
+    return result
 
 
 def figure(reports: dict[Landscape, SweepReport]) -> Any:

@@ -263,7 +263,9 @@ def _forecasts(layers: Sequence[_Layer], width: int, rates: dict[int, float], ru
             own = rates.get(id(parameter), 0.0) / float(true.scale(weight.factor))
             std = 0.0 if weight.zero else init_std(weight.factor)
             gain = std * math.sqrt(weight.factor.fan_in)
-            total, start = total + own, start * gain
+            # While its last factor is near zero, the others change nothing.
+            total = own if weight.zero else total + own
+            start *= gain
             rows.append(Forecast(width, layer.name, weight.name, weight.role, weight.structure or "plain", gain, own))
         yield Forecast(width, layer.name, "", rows[0].role, rows[0].structure, start, total)
         yield from rows
