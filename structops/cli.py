@@ -97,7 +97,7 @@ def coordinate_check(
         typer.Option(
             "--rules",
             "--rule",
-            help="Of paper, blocks (for SGD), corrected (share_exponent=0.5) and naive; those that differ.",
+            help="Of paper, blocks (for SGD), corrected (for shared factors) and naive; those that differ.",
         ),
     ] = "paper;blocks;corrected;naive",
     widths: Annotated[str, typer.Option(help="Widths, at least two.")] = "64;128;256;512;1024",
@@ -105,6 +105,7 @@ def coordinate_check(
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
     expansion: Annotated[int, typer.Option(min=1, help="Width inside a block, relative to the stream.")] = 4,
+    share_exponent: Annotated[float, typer.Option(help="Of the corrected rule.")] = 0.5,
     out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path("coordinate-check"),
 ) -> None:
     """Does the change of features within a few steps stay the same as the network grows?  Fit its power of width."""
@@ -116,6 +117,7 @@ def coordinate_check(
         steps=steps,
         seeds=tuple(range(seed, seed + seeds)),
         expansion=expansion,
+        share_exponent=share_exponent,
     )
     _study(
         lambda: studied.coordinate_check(

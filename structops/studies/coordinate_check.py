@@ -35,16 +35,18 @@ BATCH = 120
 
 @dataclass(frozen=True)
 class Variant:
-    """What is checked: a structure, an optimiser and a rule."""
+    """What is checked: a structure, an optimiser and a rule; ``share_exponent`` is that of the corrected rule."""
 
     structure: str
     optimizer: str
     rule: str
+    share_exponent: float = 0.5
 
     @property
     def made(self) -> Rule:
         """The rule."""
-        return RULES[self.rule](self.optimizer)
+        rule = RULES[self.rule](self.optimizer)
+        return replace(rule, share_exponent=self.share_exponent) if rule.share_exponent else rule
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Settings:
         steps: Optimiser steps before the measurement.
         seeds: Seeds of initial values and batches.
         expansion: Width inside a block, relative to that of the residual stream.
+        share_exponent: That of the corrected rule.
         rates: Learning rate of the dense network of width 64 for each optimiser.
     """
 
@@ -63,6 +66,7 @@ class Settings:
     steps: int = 10
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     expansion: int = 4
+    share_exponent: float = 0.5
     rates: tuple[tuple[str, float], ...] = tuple(RATES.items())
 
 
@@ -93,7 +97,9 @@ class Checked:
     report: CoordReport
 
 
-def variants(structures: Sequence[str], chosen: Sequence[str], rules: Sequence[str], expansion: int) -> list[Variant]:
+def variants(
+    structures: Sequence[str], chosen: Sequence[str], rules: Sequence[str], settings: Settings
+) -> list[Variant]:
     """All combinations, without those whose learning rates are those of another rule before it.
 
     Raises:
@@ -105,11 +111,11 @@ def variants(structures: Sequence[str], chosen: Sequence[str], rules: Sequence[s
     for structure in structures:
         with torch.device("meta"):
             # Large and of unequal modes, so that two rules do not agree by accident.
-            models = [build(structure, width, expansion) for width in (256, 512)]
+            models = [build(structure, width, settings.expansion) for width in (256, 512)]
         for optimizer in chosen:
             seen = []
             for rule in rules:
-                variant = Variant(structure, optimizer, rule)
+                variant = Variant(structure, optimizer, rule, settings.share_exponent)
                 rates = [[row.lr_scale for row in plan(model, variant.made)] for model in models]
                 if rates not in seen:
                     seen.append(rates)
@@ -175,7 +181,7 @@ def coordinate_check(
     Raises:
         StructureError: An optimiser, a rule or a structure is unknown.
     """
-    todo = variants(structures, chosen, rules, settings.expansion)
+    todo = variants(structures, chosen, rules, settings)
     start = time.perf_counter()
     checked: list[Checked] = []
 
@@ -262,8 +268,8 @@ def summary_table(checked: Sequence[Checked], settings: Settings) -> Any:
     widths, seeds = ", ".join(map(str, settings.widths)), len(settings.seeds)
     title = f"Powers of width after {settings.steps} steps; widths {widths}; {seeds} seed(s)"
     result = table(title, COLUMNS, summary_cells(checked))
-    result.columns[1].overflow = "fold"
-    result.columns[-1].min_width = 8
+    for column in result.columns:  # in a narrow terminal text goes on in the next line
+        column.overflow = "fold"
     return result
 
 

@@ -195,7 +195,8 @@ def summary_table(reports: dict[Landscape, SweepReport]) -> Any:
     """The table of `summary_cells`."""
     widths = " / ".join(map(str, next(iter(reports.values())).widths))
     result = table(f"Best learning rates at widths {widths}; * at the end of the grid", COLUMNS, summary_cells(reports))
-    result.columns[-1].min_width = len("transfers")
+    for column in result.columns:  # in a narrow terminal text goes on in the next line
+        column.overflow, column.no_wrap = "fold", False
     return result
 
 
