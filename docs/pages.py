@@ -14,11 +14,11 @@ from typing import Any
 import pictures
 
 import structops as so
-from structops.algebra.closure import ROWS, UNARY, closure
+from structops.algebra.closure import LINALG, ROWS, UNARY, closure
 from structops.errors import StructureError
 from structops.spec import REGISTRY, ChainPlan, Plan, Structure
 from structops.studies.algebra import COST_COLUMNS, Growth, Library, cost_cells
-from structops.studies.closure import LAZY, cells, lazy, short
+from structops.studies.closure import LAZY, cells, found, lazy, short
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ((256, 256), (1024, 1024), (1024, 4096), (4096, 1024), (4096, 4096))  # (in, out)
@@ -363,6 +363,12 @@ def closure_table(verb: str = "") -> str:
     return table(("A, B", *map(short, ROWS)), rows) + f"\n\n{LAZY} a lazy `{lazy(verb)}`; {key}."
 
 
+def linalg_table() -> str:
+    """What linear algebra finds in the structure of one operator."""
+    rows = [(f"`{name}`", *(found(verb, name) for verb in LINALG)) for name in ROWS]
+    return table(("A", *(f"`{verb}`" for verb in LINALG)), rows)
+
+
 def costs_table() -> str:
     """The measured growth of all verbs, from the numbers that ``structops algebra --costs --out`` wrote."""
     data = json.loads((ROOT / "docs" / "assets" / "algebra" / "costs.json").read_text(encoding="utf-8"))
@@ -472,6 +478,7 @@ INSERTS: dict[str, Callable[..., str]] = {
     "sizes": size_table,
     "comparison": comparison_table,
     "closure": closure_table,
+    "linalg": linalg_table,
     "costs": costs_table,
     "factors": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[0],
     "wires": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[1],

@@ -118,6 +118,10 @@ def test_algebra_prints_the_closure_tables_in_a_terminal_of_100_columns():
     for name in closure.ROWS:
         row = next(line for line in unary if line.split()[:1] == [name])
         assert row.split()[1:] == [closure.closure(verb, name) for verb in closure.UNARY]
+    direct = lines[lines.index(next(line for line in lines if line.startswith("Linear algebra"))) :]
+    for name in closure.ROWS:
+        row = next(line for line in direct if line.split()[:1] == [name])
+        assert row.split()[1:] == [closure_tables.found(verb, name) for verb in closure.LINALG]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from rich import box
 from rich.table import Table
 
-from structops.algebra.closure import BINARY, ROWS, UNARY, closure
+from structops.algebra.closure import BINARY, LINALG, ROWS, UNARY, closure
 
 LAZY = "·"
 
@@ -34,8 +34,14 @@ def cells(verb: str, left: str) -> list[str]:
     return [LAZY if result == lazy(verb) else short(result) for result in results]
 
 
+def found(verb: str, name: str) -> str:
+    """A cell of the table of linear algebra: ``same`` for the operator's own structure, other structures by letters."""
+    result = closure(verb, name)
+    return "same" if result == name else short(result) if result in ROWS else result
+
+
 def closure_tables() -> Iterator[Table]:
-    """A table a verb of two operators, and one of all verbs of one operator."""
+    """A table a verb of two operators, one of all verbs of one operator, and one of linear algebra."""
     for verb in BINARY:
         title = f"{called(verb)}: A in rows, B in columns; {LAZY} is a lazy {lazy(verb)}"
         result = _closure_table(title, map(short, ROWS), padding=1)
@@ -46,6 +52,10 @@ def closure_tables() -> Iterator[Table]:
     result = _closure_table("One operator", UNARY, padding=2)
     for name in ROWS:
         result.add_row(name, *(closure(verb, name) for verb in UNARY))
+    yield result
+    result = _closure_table("Linear algebra of one square operator; CoLA is its general algorithms", LINALG, padding=1)
+    for name in ROWS:
+        result.add_row(name, *(found(verb, name) for verb in LINALG))
     yield result
 
 
