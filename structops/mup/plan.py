@@ -367,7 +367,7 @@ def _warnings(rows: Sequence[PlanRow], rule: Rule) -> Iterator[str]:
         if w.factor.sharing > 1 and rule.family.shared and not rule.share_exponent and w.is_matrix:
             yield (
                 f"M007 {w.name} is used {w.factor.sharing} times per vector: under {rule.optimizer} its change drifts "
-                f"with width; share_exponent=0.5 corrects for independent copies"
+                f"with width; share_exponent=0.5 (1 for SGD) corrects for it"
             )
         if row.init == "zero" and rule.family.relative:
             yield (
