@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, Self
 
+import numpy as np
+
 from structops import _array, _cola
 from structops._array import Array, Dtype
 from structops._cola import Algorithm, LinearOperator
@@ -112,8 +114,9 @@ class Permutation(StructuredOperator, _cola.Permutation):
 
 
 def _is_permutation(perm: Array) -> bool:
-    xp = _array.namespace(perm)
-    return bool((xp.sort(perm) == xp.arange(perm.shape[0]) + 0 * perm).all())
+    # By numpy: under jit, JAX would trace what it computes from constants, too.
+    values = np.asarray(perm.cpu() if _array.backend_of(perm) == "torch" else perm)
+    return np.array_equal(np.sort(values), np.arange(len(values)))
 
 
 def _default_float(perm: Array) -> Dtype:
