@@ -68,7 +68,10 @@ def demo(
 def algebra(
     costs: Annotated[bool, typer.Option("--costs", help="Time the verbs and fit how they grow with the size.")] = False,
     backend: Annotated[Backend, typer.Option(help="Library that computes; with --costs.")] = Backend.torch,
-    largest: Annotated[int, typer.Option(min=576, help="Largest number of rows; with --costs.")] = 2**22,
+    largest: Annotated[
+        int | None,
+        typer.Option(min=576, help="Largest number of rows, with --costs; 2^22 in torch, 2^12 in JAX, which compiles."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, JSON; with --costs.")] = None,
 ) -> None:
     """Print which structure A @ B, A + B, kron(A, B) and the like have; or, with --costs, what they cost."""
@@ -82,7 +85,9 @@ def algebra(
     from structops.studies.algebra import costs as run
 
     try:
-        run(backend=backend.value, largest=largest, out=out, console=console)
+        run(
+            backend=backend.value, largest=largest or (2**22 if backend == "torch" else 2**12), out=out, console=console
+        )
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; the table has what was finished")
         raise typer.Exit(130) from None
