@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -197,3 +197,21 @@ def eye(size: int, like: Array, dtype: Dtype = None) -> Array:
     if backend_of(like) == "torch":
         return sys.modules["torch"].eye(size, dtype=dtype, device=like.device)
     return sys.modules["jax"].numpy.eye(size, dtype=dtype)
+
+
+def decomposed(function: Callable[[Array], Any], stacks: Sequence[Array]) -> list[Any]:
+    """A decomposition of every stack of matrices (blocks, n, n), in one call for all stacks of one n.
+
+    One call is faster than several; and two that XLA runs side by side on a CPU can wait for each other forever (seen
+    with two ``jnp.linalg.inv`` of (64, 64, 64) in one compiled program, JAX 0.10.2, two cores).
+    """
+    results: list[Any] = [None] * len(stacks)
+    for kind in dict.fromkeys((stack.shape[-1], stack.dtype) for stack in stacks):
+        members = [k for k, stack in enumerate(stacks) if (stack.shape[-1], stack.dtype) == kind]
+        together = function(namespace(stacks[0]).concat([stacks[k] for k in members], axis=0))
+        start = 0
+        for k in members:
+            part = slice(start, start + stacks[k].shape[0])
+            results[k] = tuple(x[part] for x in together) if isinstance(together, tuple) else together[part]
+            start = part.stop
+    return results

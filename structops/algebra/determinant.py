@@ -66,10 +66,8 @@ def determinant_chain(A: ChainOperator, log_alg: Algorithm, trace_alg: Algorithm
     if not has_square_factors(A) or (alone and isinstance(log_alg, _cola.Lanczos | _cola.Arnoldi)):
         return None
     xp = _array.namespace(A.arrays[0])
-    parts = []
-    for F in A.stored_factors():
-        sign, log = xp.linalg.slogdet(F)
-        parts.append((xp.prod(sign), xp.sum(log)))
+    found = _array.decomposed(xp.linalg.slogdet, A.stored_factors())
+    parts = [(xp.prod(sign), xp.sum(log)) for sign, log in found]
     sign, total = combined(parts, [factor.sharing for factor in chain.factors])
     return (-sign if is_odd(chain) else sign), total
 

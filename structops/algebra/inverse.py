@@ -110,8 +110,8 @@ def inverse_chain(A: ChainOperator, alg: Algorithm) -> LinearOperator | None:
         return None
     if A.is_transposed:
         return inverse_chain(A.T, alg).T
-    inverted = [_array.namespace(F).linalg.inv(F).mT for F in A.stored_factors()]
-    return type(A).from_factors(chain, inverted).T
+    inverted = _array.decomposed(_array.namespace(A.arrays[0]).linalg.inv, A.stored_factors())
+    return type(A).from_factors(chain, [F.mT for F in inverted]).T
 
 
 # ------------------------------------------------------------------------------------------------ products and scalars
