@@ -70,7 +70,7 @@ def algebra(
     backend: Annotated[Backend, typer.Option(help="Library that computes; with --costs.")] = Backend.torch,
     largest: Annotated[
         int | None,
-        typer.Option(min=576, help="Largest number of rows, with --costs; 2^22 in torch, 2^12 in JAX, which compiles."),
+        typer.Option(min=576, help="Largest number of rows, with --costs; 2^22 in torch, 576 in JAX, which compiles."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the numbers, JSON; with --costs.")] = None,
 ) -> None:
@@ -85,9 +85,8 @@ def algebra(
     from structops.studies.algebra import costs as run
 
     try:
-        run(
-            backend=backend.value, largest=largest or (2**22 if backend == "torch" else 2**12), out=out, console=console
-        )
+        rows = largest or (2**22 if backend is Backend.torch else 576)
+        run(backend=backend.value, largest=rows, out=out, console=console)
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; the table has what was finished")
         raise typer.Exit(130) from None
