@@ -66,6 +66,14 @@ def adjoint(x: Array) -> Array:
     return namespace(x).conj(x.mT) if is_complex(x.dtype) else x.mT
 
 
+def polar(values: Array) -> tuple[Array, Array]:
+    """Moduli and phases, ``values = moduli * phases``; the phase of 0 is 1."""
+    xp = namespace(values)
+    size = xp.abs(values)
+    # The safe value inside keeps the gradient at 0 from being no number.
+    return size, xp.where(size == 0, xp.ones_like(values), values / xp.where(size == 0, xp.ones_like(size), size))
+
+
 def contiguous(x: Array) -> Array:
     """``x`` laid out row by row; JAX knows no other layout."""
     # Contiguous alone leaves odd strides along axes of size 1, at which torch.kron takes offence.

@@ -146,16 +146,8 @@ class StructuredOperator(LinearOperator):
     def to_dense(self) -> Array:
         """The matrix as one contiguous array of shape (out_features, in_features)."""
         rows, cols = self.shape
-        xp = _array.namespace(self.arrays_flat()[0])
-        if rows <= cols:
-            return _array.contiguous(self._rmatmat(self._eye(xp, rows)))
-        return _array.contiguous(self._matmat(self._eye(xp, cols)))
-
-    def _eye(self, xp: ModuleType, size: int) -> Array:
-        array = self.arrays_flat()[0]
-        if _array.backend_of(array) == "torch":
-            return xp.eye(size, dtype=self.dtype, device=array.device)
-        return xp.eye(size, dtype=self.dtype)
+        one = _array.eye(min(rows, cols), self.arrays_flat()[0], self.dtype)
+        return _array.contiguous(self._rmatmat(one) if rows <= cols else self._matmat(one))
 
     # -------------------------------------------------------------------------------------------------------- products
 

@@ -45,6 +45,13 @@ def of_zero(A: LinearOperator) -> tuple[Any, Any]:
     return zero, like(A, _array.real_of(A.dtype)) - math.inf
 
 
+def of_eigenvalues(values: Any) -> tuple[Any, Any]:
+    """That of an operator with these eigenvalues."""
+    xp = _array.namespace(values)
+    size, phase = _array.polar(values)
+    return xp.prod(phase), xp.sum(xp.log(size))
+
+
 def combined(parts: list[tuple[Any, Any]], powers: list[int]) -> tuple[Any, Any]:
     """The product of determinants, each to a power."""
     (sign, total), *rest = [(s**p, p * log) for (s, log), p in zip(parts, powers, strict=True)]

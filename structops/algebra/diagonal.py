@@ -110,9 +110,13 @@ def trace_sum(A: Sum, alg: Algorithm) -> Any:
     return sum(others, first)
 
 
+def diagonal_length(A: LinearOperator, k: int) -> int:
+    """The number of entries ``A[i, i + k]``."""
+    rows, cols = A.shape
+    return max(min(rows + min(k, 0), cols - max(k, 0)), 0)
+
+
 @diagonal_rule.dispatch
 def diagonal_scalar(A: ScalarOperator, k: int, alg: Algorithm) -> Any:
     """The number, or zeros."""
-    rows, cols = A.shape
-    length = max(min(rows + min(k, 0), cols - max(k, 0)), 0)
-    return _array.zeros((length,), A.c) + (A.c if k == 0 else 0)
+    return _array.zeros((diagonal_length(A, k),), A.c) + (A.c if k == 0 else 0)

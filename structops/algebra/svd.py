@@ -95,9 +95,7 @@ def _declared(A: LinearOperator, *properties: type) -> LinearOperator:
 @svd_rule.dispatch
 def svd_scalar(A: _cola.ScalarMul) -> SVD | None:
     """``c = (c / |c|) |c|``."""
-    xp = _array.namespace(A.c)
-    size = xp.abs(A.c)
-    phase = xp.where(size == 0, xp.ones_like(A.c), A.c / xp.where(size == 0, xp.ones_like(size), size))
+    size, phase = _array.polar(A.c)
     identity = Identity(A.shape[0], like=A.c)
     return SVD(identity * phase, size * _array.ones((A.shape[0],), size), identity)
 

@@ -11,8 +11,8 @@ from structops import _array, _cola
 from structops._array import Array, Dtype
 from structops._cola import Algorithm, LinearOperator
 from structops.algebra.counting import factors, macs
-from structops.algebra.determinant import determinant_rule
-from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.determinant import determinant_rule, of_eigenvalues
+from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.eigen import Spectrum, eigen_rule, exp_rule, function_rule
 from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.product import product_rule
@@ -228,19 +228,14 @@ def pinv_circulant(A: Circulant, alg: Algorithm) -> LinearOperator | None:
 @determinant_rule.dispatch
 def determinant_circulant(A: Circulant, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
     """The product of the eigenvalues; of a real matrix it is real."""
-    values = spectrum(A)
-    xp = _array.namespace(values)
-    size = xp.abs(values)
-    sign = xp.prod(values / size)
-    return (sign if _array.is_complex(A.dtype) else xp.sign(sign.real)), xp.sum(xp.log(size))
+    sign, log = of_eigenvalues(spectrum(A))
+    return (sign if _array.is_complex(A.dtype) else _array.namespace(sign).sign(sign.real)), log
 
 
 @diagonal_rule.dispatch
 def diagonal_of_circulant(A: Circulant, k: int, alg: Algorithm) -> Any:
     """One number, repeated."""
-    n = A.shape[0]
-    length = max(n - abs(k), 0)
-    return A.first_column[-k % n] * _array.ones((length,), A.column)
+    return A.first_column[-k % A.shape[0]] * _array.ones((diagonal_length(A, k),), A.column)
 
 
 @eigen_rule.dispatch
@@ -270,7 +265,6 @@ def exp_of_circulant(A: Circulant, alg: Algorithm) -> LinearOperator | None:
 def svd_circulant(A: Circulant) -> SVD | None:
     """The moduli of the eigenvalues, and Fourier vectors; complex."""
     values = spectrum(A)
-    xp = _array.namespace(values)
-    size, F = xp.abs(values), Fourier(A.shape[0], like=values)
-    phase = xp.where(size == 0, xp.ones_like(values), values / xp.where(size == 0, xp.ones_like(size), size))
+    F = Fourier(A.shape[0], like=values)
+    size, phase = _array.polar(values)
     return descending(F.H @ Diagonal(phase), size, F)

@@ -9,8 +9,8 @@ from typing import Any
 from structops import _array, _cola
 from structops._array import Array
 from structops._cola import Algorithm, LinearOperator
-from structops.algebra.determinant import determinant_rule
-from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.determinant import determinant_rule, of_eigenvalues
+from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.eigen import Spectrum, eigen_rule, function_rule
 from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.kronecker import kron_rule
@@ -160,15 +160,13 @@ def pinv_diagonal(A: Diagonal, alg: Algorithm) -> LinearOperator | None:
 @determinant_rule.dispatch(precedence=1)
 def determinant_diagonal(A: Diagonal, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
     """The product of the entries."""
-    xp = _array.namespace(A.diag)
-    size = xp.abs(A.diag)
-    return xp.prod(A.diag / size), xp.sum(xp.log(size))
+    return of_eigenvalues(A.diag)
 
 
 @diagonal_rule.dispatch(precedence=1)
 def diagonal_of_diagonal(A: Diagonal, k: int, alg: Algorithm) -> Any:
     """The entries, or zeros beside them."""
-    return A.diag if k == 0 else _array.zeros((max(A.shape[0] - abs(k), 0),), A.diag)
+    return A.diag if k == 0 else _array.zeros((diagonal_length(A, k),), A.diag)
 
 
 @eigen_rule.dispatch
@@ -186,9 +184,7 @@ def function_of_diagonal(f: Callable, A: Diagonal, alg: Algorithm) -> LinearOper
 @svd_rule.dispatch
 def svd_diagonal(A: Diagonal) -> SVD | None:
     """The moduli; the phases go with the left vectors."""
-    xp = _array.namespace(A.diag)
-    size = xp.abs(A.diag)
-    phase = xp.where(size == 0, xp.ones_like(A.diag), A.diag / xp.where(size == 0, xp.ones_like(size), size))
+    size, phase = _array.polar(A.diag)
     U = Diagonal(phase)
     U.annotations = U.annotations | {_cola.Unitary}
     return descending(U, size, Identity(A.shape[0], like=A.diag))

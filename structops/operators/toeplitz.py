@@ -10,7 +10,7 @@ from structops import _array, _cola
 from structops._array import Array
 from structops._cola import Algorithm, LinearOperator
 from structops.algebra.counting import factors, macs
-from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.scalar import scalar_of, scale_rule
 from structops.algebra.sum import sum_rule
 from structops.chain import Factor
@@ -200,8 +200,7 @@ def toeplitz_plus_multiple(A: Toeplitz | Circulant, B: _cola.ScalarMul | _cola.I
 @diagonal_rule.dispatch
 def diagonal_of_toeplitz(A: Toeplitz, k: int, alg: Algorithm) -> Any:
     """One number, repeated."""
-    rows, cols = A.shape
-    length = max(min(rows + min(k, 0), cols - max(k, 0)), 0)
+    length = diagonal_length(A, k)
     if not length:
         return _array.zeros((0,), A.column, A.dtype)
     value = A.first_column[-k] if k <= 0 else A.first_row[k]
