@@ -529,3 +529,12 @@ def test_properties_choose_the_algorithm_and_survive_it() -> None:
     Q = cola.Unitary(so.Dense(torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q))
     assert type(linalg.inv(Q)) is so.Dense
     assert close((linalg.inv(Q) @ Q).to_dense(), np.eye(3))
+
+
+@pytest.mark.torch
+def test_a_zero_eigenvalue_gives_the_determinant_of_numpy() -> None:
+    import torch
+
+    for A in (so.Diagonal(torch.tensor([2.0, 0.0])), so.Circulant(torch.ones(4))):
+        sign, log = linalg.slogdet(A)
+        assert (float(sign), float(log)) == (0, -np.inf)

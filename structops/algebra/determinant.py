@@ -46,10 +46,10 @@ def of_zero(A: LinearOperator) -> tuple[Any, Any]:
 
 
 def of_eigenvalues(values: Any) -> tuple[Any, Any]:
-    """That of an operator with these eigenvalues."""
+    """That of an operator with these eigenvalues; 0 and minus infinity if one of them is 0, as in numpy."""
     xp = _array.namespace(values)
     size, phase = _array.polar(values)
-    return xp.prod(phase), xp.sum(xp.log(size))
+    return xp.prod(xp.where(size == 0, xp.zeros_like(phase), phase)), xp.sum(xp.log(size))
 
 
 def combined(parts: list[tuple[Any, Any]], powers: list[int]) -> tuple[Any, Any]:

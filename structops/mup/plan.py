@@ -17,7 +17,7 @@ from typing import Any
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.mup.families import Number, Rule
-from structops.mup.rules import dense_factor, init_std
+from structops.mup.rules import dense_factor, first_std, init_std
 
 ROLES = ("hidden", "embedding", "readout", "vector", "scalar")
 
@@ -338,10 +338,10 @@ def _init(weight: Weight, rule: Rule, zero_last: bool) -> tuple[str, float]:
         return "constant", 0.0
     if weight.role == "embedding":
         return "gaussian", init_std(weight.factor)  # of a table, with fan-in 1: one
-    # The paper's exception, as in `init_stds`: a first factor of low rank before a last one of zeros.
-    exception = zero_last and weight.position == 0 and weight.factor.fan_in == weight.in_features
-    if rule.init == "kaiming" or exception:
+    if rule.init == "kaiming":
         return rule.init, 1 / math.sqrt(weight.factor.fan_in)
+    if zero_last and weight.position == 0:
+        return rule.init, first_std(weight.factor, weight.in_features)
     return rule.init, init_std(weight.factor)
 
 

@@ -69,14 +69,17 @@ def init_stds(A: Any, zero_last: bool = False) -> tuple[float, ...]:
     References:
         arXiv 2406.06248, section 3.2 and its exception for low rank.
     """
-    parts = factors(A)
-    stds = [init_std(factor) for factor in parts]
-    if zero_last:
-        first = parts[0]
-        if len(parts) > 1 and first.fan_in == _shape(A)[1]:
-            stds[0] = 1 / math.sqrt(first.fan_in)
-        stds[-1] = 0.0
-    return tuple(stds)
+    first, *rest = factors(A)
+    if not zero_last:
+        return tuple(map(init_std, (first, *rest)))
+    if not rest:
+        return (0.0,)
+    return (first_std(first, _shape(A)[1]), *map(init_std, rest[:-1]), 0.0)
+
+
+def first_std(factor: Factor, in_features: int) -> float:
+    """Standard deviation of the first of several factors where the last starts at zero; see `init_stds`."""
+    return 1 / math.sqrt(factor.fan_in) if factor.fan_in == in_features else init_std(factor)
 
 
 def width_ratio(base_in: int, layer: Any, optimizer: str | Rule = "adam", base_out: int | None = None) -> float:

@@ -18,7 +18,7 @@ from structops.errors import StructureError
 from structops.mup import Rule, Weight, init_std
 from structops.mup.rules import as_rule
 from structops.torch.coord_report import TOLERANCE, CoordReport, Forecast, Record
-from structops.torch.weights import clean, described
+from structops.torch.weights import described, layers
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -153,7 +153,7 @@ class _Call:
 
 def _layers(model: nn.Module) -> list[_Layer]:
     """The modules that own matrices, in the order of the model."""
-    modules = {clean(name): module for name, module in model.named_modules()}
+    modules = dict(layers(model))
     owned: dict[str, list[tuple[Weight, nn.Parameter]]] = {}
     for weight, parameter in described(model):
         if weight.is_matrix and weight.layer in modules:

@@ -140,11 +140,6 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield ".".join(part for part, parent in zip(parts, parents, strict=True) if part != _held(parent)), layer
 
 
-def clean(name: str) -> str:
-    """A name without the prefixes of wrappers.  `layers` also keeps a module of the user's that is called so."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS.values())
-
-
 def as_blocks(value: Tensor, factor: Factor) -> Tensor | None:
     """A view of a stored parameter as (blocks, fan_out, fan_in), or None if it holds no such matrices (Toeplitz)."""
     blocks, fan_out, fan_in = factor.stored_shape
