@@ -66,6 +66,24 @@ def adjoint(x: Array) -> Array:
     return namespace(x).conj(x.mT) if is_complex(x.dtype) else x.mT
 
 
+def counted(like: Array) -> Array:
+    """0, 1, 2, ... for every entry of a vector of integers, on its device."""
+    return (0 * like + 1).cumsum(0) - 1
+
+
+def parity(perm: Array) -> Array:
+    """0 for an even permutation and 1 for an odd one: n minus the number of cycles, modulo 2.
+
+    The cycles are found by pointer jumping in log2 n steps, so that it runs under ``jit``.
+    """
+    xp, n = namespace(perm), int(perm.shape[0])
+    places = counted(perm)
+    least, jump = xp.minimum(places, perm), perm
+    for _ in range(max(n - 1, 1).bit_length()):
+        least, jump = xp.minimum(least, least[jump]), jump[jump]
+    return (n - (least == places).sum()) % 2
+
+
 def polar(values: Array) -> tuple[Array, Array]:
     """Moduli and phases, ``values = moduli * phases``; the phase of 0 is 1."""
     xp = namespace(values)

@@ -166,10 +166,8 @@ def _determinants() -> None:
 
     @slogdet_rules.dispatch(precedence=1)
     def slogdet_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm) -> Any:
-        position = A.xnp.sort(A.perm)
-        before = (position[:, None] < position[None, :]) & (A.perm[:, None] > A.perm[None, :])
         zero = A.xnp.array(0.0, dtype=A.dtype, device=A.device)
-        return 1 - 2 * (before.sum() % 2) + zero, zero
+        return 1 - 2 * _array.parity(A.perm) + zero, zero
 
     @slogdet_rules.dispatch(precedence=1)
     def slogdet_scalar(A: ScalarMul, log_alg: Algorithm, trace_alg: Algorithm) -> Any:

@@ -17,7 +17,7 @@ from structops._array import Array
 from structops._cola import Algorithm, LinearOperator
 from structops._plum import dispatch
 from structops.algebra.inverse import check_square
-from structops.algebra.scalar import Identity, ScalarMul, Zero
+from structops.algebra.scalar import Identity, ScalarMul, ScalarOperator
 from structops.errors import ShapeError
 from structops.operator import StructuredOperator, check_precision
 
@@ -135,14 +135,12 @@ def exp_structured(A: StructuredOperator, alg: Algorithm = _cola.Auto()) -> Line
 
 
 @eigen_rule.dispatch
-def eigen_scalar(A: _cola.ScalarMul | Identity | Zero, alg: Algorithm) -> Spectrum | None:
+def eigen_scalar(A: ScalarOperator, alg: Algorithm) -> Spectrum | None:
     """The number, n times."""
-    number: Any = A
-    return Spectrum(_array.zeros((A.shape[0],), number.c) + number.c, Identity(A.shape[0], like=number.c))
+    return Spectrum(_array.zeros((A.shape[0],), A.c) + A.c, Identity(A.shape[0], like=A.c))
 
 
 @function_rule.dispatch
-def function_of_scalar(f: Callable, A: _cola.ScalarMul | Identity | Zero, alg: Algorithm) -> LinearOperator | None:
+def function_of_scalar(f: Callable, A: ScalarOperator, alg: Algorithm) -> LinearOperator | None:
     """The function of the number."""
-    number: Any = A
-    return ScalarMul(f(number.c), A.shape[0])
+    return ScalarMul(f(A.c), A.shape[0])

@@ -11,7 +11,7 @@ from structops import _array, _cola
 from structops._array import Array, Dtype
 from structops._cola import Algorithm, LinearOperator
 from structops.algebra.determinant import determinant_rule
-from structops.algebra.diagonal import diagonal_rule
+from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.eigen import Spectrum
 from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import product_rule
@@ -179,26 +179,17 @@ def _reordered(A: ChainOperator, perm: Array, *, at_output: bool) -> LinearOpera
 
 @determinant_rule.dispatch
 def determinant_permutation(A: Permutation, log_alg: Algorithm, trace_alg: Algorithm) -> tuple | None:
-    """1 for an even permutation and -1 for an odd one: n minus the number of cycles exchanges.
-
-    The cycles are found by pointer jumping in log2 n steps, so that it runs under ``jit``.
-    """
-    xp, perm = _array.namespace(A.perm), A.perm
-    n = int(perm.shape[0])
-    least, jump = xp.minimum(xp.arange(n, dtype=perm.dtype) + 0 * perm, perm), perm
-    for _ in range(max(n - 1, 1).bit_length()):
-        least, jump = xp.minimum(least, least[jump]), jump[jump]
-    cycles = (least == xp.arange(n) + 0 * perm).sum()
+    """1 for an even permutation and -1 for an odd one."""
     one = _array.ones((), A.perm, A.dtype)
-    return one * (1 - 2 * ((n - cycles) % 2)), _array.zeros((), A.perm, _array.real_of(A.dtype))
+    return one * (1 - 2 * _array.parity(A.perm)), _array.zeros((), A.perm, _array.real_of(A.dtype))
 
 
 @diagonal_rule.dispatch
 def diagonal_of_permutation(A: Permutation, k: int, alg: Algorithm) -> Any:
     """Ones where a feature stays in its place, or moves by k."""
-    n = A.shape[0]
-    rows = _array.namespace(A.perm).arange(max(-k, 0), max(min(n, n - k), max(-k, 0)))
-    return _array.cast(A.perm[max(-k, 0) : max(min(n, n - k), max(-k, 0))] == rows + k + 0 * A.perm[:1], A.dtype)
+    start = max(-k, 0)
+    part = slice(start, start + diagonal_length(A, k))
+    return _array.cast(A.perm[part] == _array.counted(A.perm)[part] + k, A.dtype)
 
 
 @svd_rule.dispatch
