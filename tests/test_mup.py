@@ -353,7 +353,7 @@ def test_the_table_prints():
     assert [word in lines[0] for word in ("factor", "blocks", "fan_in", "fan_out", "init_std", "adam", "reason")]
     assert "0.176777" in lines[1]
     assert "0.0625" in lines[2]
-    assert "(1024/32)/2" in lines[1]
+    assert "(1/32)/(1/1024)/2" in lines[1]
     assert "sgd" in str(scales(so.structure("btt").chain(16, 16), "sgd")).splitlines()[0]
     # It is also a sequence.
     assert len(table) == 2

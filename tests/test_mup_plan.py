@@ -254,3 +254,16 @@ def test_what_will_not_transfer_is_said(code: str, weights: list[Weight], rule: 
     }
     if code in mended:
         assert make_plan(weights, mended[code]).warnings == ()
+
+
+@pytest.mark.parametrize("optimizer", sorted(FAMILIES))
+def test_a_base_width_may_fit_no_whole_number_of_outputs(optimizer: str) -> None:
+    """784 to 100 features at base 64: the outputs of the base layer would be 8.16; the ratio of rates is a power."""
+    power = {"adam": 1, "adafactor": 0.5, "muon_match_rms": 0.5}.get(optimizer, 0)
+    (row,) = make_plan(layer("up", 784, 100), optimizer, 64)
+    assert row.lr_scale == pytest.approx((64 / 784) ** power)
+    (readout,) = make_plan(layer("head", 784, 10, role="readout"), Rule(optimizer), 64)
+    rule = Rule(readout.optimizer)
+    assert readout.lr_scale == pytest.approx(
+        float(rule.scale(dense_factor(784, 10))) / float(rule.scale(dense_factor(64, 10)))
+    )

@@ -8,6 +8,7 @@ structured and of a dense layer, compared, give every multiplier.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,6 +81,12 @@ NO_RULE: dict[str, str] = {
     "sparseadam": "it skips rows without a gradient, so that the size of an update depends on the data",
     "lars": "it scales whole layers by the norm of their weight; measure it with probe()",
 }
+
+
+def numbers(formula: str, factor: Factor) -> str:
+    """A formula in words with the numbers of a factor for i, o and b."""
+    sizes = {"i": factor.fan_in, "o": factor.fan_out, "b": factor.blocks}
+    return re.sub(r"\b[iob]\b", lambda match: str(sizes[match[0]]), formula)
 
 
 def family(optimizer: str) -> Family:
@@ -162,7 +169,7 @@ class Rule:
         kind = self.family
         text = kind.formula
         if kind.name == "sgd" and self.block_count:
-            text = "b " + text
+            text = "b*" + text
         if kind.shared and self.share_exponent and factor.sharing > 1:
             text += f" * {factor.sharing}^{self.share_exponent:g}"
         return text

@@ -17,7 +17,7 @@ from typing import Any
 from structops.chain import Factor
 from structops.errors import StructureError
 from structops.mup.families import Number, Rule
-from structops.mup.rules import dense_factor, first_std, init_std
+from structops.mup.rules import dense_factor, exact_width_ratio, first_std, init_std
 
 ROLES = ("hidden", "embedding", "readout", "vector", "scalar")
 
@@ -292,10 +292,8 @@ def _lr(weight: Weight, rule: Rule, base: Any) -> tuple[float, str]:
             return 1.0, "1: its fan-in does not grow"
         n, m = weight.in_features, weight.out_features
         # Both sides of a hidden layer grow alike, the output of a readout does not grow.
-        out = Fraction(m * base, n) if weight.role == "hidden" else Fraction(m)
-        reference = rule.scale(dense_factor(base * out.denominator, out.numerator))
-        if rule.family.name == "adam":  # the only family whose scale is not a function of out / in
-            reference = Fraction(1, base)
+        ratio = exact_width_ratio(rule, n, m, base, None if weight.role == "hidden" else m)
+        reference = rule.scale(dense_factor(n, m)) / ratio
         return float(ours / reference), f"{text}, over {_text(reference)} of a dense layer of fan-in {base}"
     theirs = _counterpart(weight, base)
     if theirs is None:

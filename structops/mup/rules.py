@@ -9,7 +9,9 @@ from typing import Any
 
 from structops.algebra.counting import factors
 from structops.chain import Factor
-from structops.mup.families import Rule
+from structops.mup.families import Number, Rule, numbers
+
+INIT_STD = "sqrt(min(i, o))/i"  # `init_std` in words, with i and o for fan-in and fan-out
 
 
 def init_std(factor: Factor) -> float:
@@ -94,10 +96,15 @@ def width_ratio(base_in: int, layer: Any, optimizer: str | Rule = "adam", base_o
         optimizer: A name of `FAMILY`, or a `Rule`.
         base_out: Output size of the layer in the base model; both sides grow alike if not given.
     """
-    rule, n, m = as_rule(optimizer), layer.in_features, layer.out_features
-    base = dense_factor(n * base_in, m * base_in) if base_out is None else dense_factor(base_in, base_out)
-    target = dense_factor(n * n, m * n) if base_out is None else dense_factor(n, m)
-    return float(rule.scale(target) / rule.scale(base))
+    return float(exact_width_ratio(as_rule(optimizer), layer.in_features, layer.out_features, base_in, base_out))
+
+
+def exact_width_ratio(rule: Rule, n: int, m: int, base_in: int, base_out: int | None) -> Number:
+    """`width_ratio` of a layer of n inputs and m outputs, as a fraction where it is one."""
+    if base_out is not None:
+        return rule.scale(dense_factor(n, m)) / rule.scale(dense_factor(base_in, base_out))
+    # Scales are powers of a common factor of both sides, so that sides may be multiplied to be whole numbers.
+    return rule.scale(dense_factor(n * n, m * n)) / rule.scale(dense_factor(n * base_in, m * base_in))
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,10 @@ def scales(A: Any, optimizer: str | Rule = "adam") -> Scales:
 
     Example:
         >>> from structops import structure
-        >>> print(scales(structure("btt").chain(1024, 4096)))
+        >>> print(scales(structure("btt").chain(256, 1024)))
         factor  blocks  fan_in  fan_out  sharing  init_std  lr (adam)  reason
-        sbcd    32      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
-        abcs    64      32      64       1        0.176777  16         std = sqrt(min(32, 64))/32; lr = (1024/32)/2
+        sbcd    16      16      32       1        0.25      8          std = sqrt(min(16, 32))/16; lr = (1/16)/(1/256)/2
+        abcs    32      16      32       1        0.25      8          std = sqrt(min(16, 32))/16; lr = (1/16)/(1/256)/2
     """
     parts = factors(A)
     out_features, in_features = _shape(A)
@@ -197,12 +204,6 @@ def _shape(A: Any) -> tuple[int, int]:
 
 
 def _reason(factor: Factor, in_features: int, out_features: int, count: int, optimizer: str | Rule) -> str:
-    std = f"std = sqrt(min({factor.fan_in}, {factor.fan_out}))/{factor.fan_in}"
-    kind = as_rule(optimizer).family.name
-    if kind == "adam":
-        return f"{std}; lr = ({in_features}/{factor.fan_in})/{count}"
-    if kind == "sgd":
-        return f"{std}; lr = ({factor.fan_out}/{factor.fan_in})/({out_features}/{in_features})/{count}"
-    rule = as_rule(optimizer)
-    ours, dense = (float(rule.scale(f)) for f in (factor, dense_factor(in_features, out_features)))
-    return f"{std}; lr = ({ours:.4g}/{dense:.4g})/{count} with s = {rule.formula(factor)}"
+    rule, dense = as_rule(optimizer), dense_factor(in_features, out_features)
+    ours, theirs = (numbers(rule.formula(f), f) for f in (factor, dense))
+    return f"std = {numbers(INIT_STD, factor)}; lr = ({ours})/({theirs})/{count}"
