@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from a later line to an earlier one, or stay inside a package.
 LAYERS = (
     {"errors"},
-    {"chain", "modes", "_array", "_plum"},
+    {"chain", "modes", "power_law", "_array", "_plum"},
     {"contract", "_implicit"},
     {"_repairs"},
     {"_cola"},

@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 import structops as so  # noqa: E402
+from structops.studies.network import Block  # noqa: E402
 from structops.torch import StructuredLinear, param_groups  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -25,23 +26,11 @@ STRUCTURES = ("dense", "btt", "kron", "monarch(blocks=16)", "low_rank")
 WIDTHS = (16, 64, 256)
 
 
-class Block(nn.Module):
-    def __init__(self, structure: str, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.up = StructuredLinear(width, 4 * width, structure, bias=False)
-        self.down = StructuredLinear(4 * width, width, structure, bias=False, zero_init=True)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = h + self.down(functional.gelu(self.up(self.norm(h))))
-        return out
-
-
 class Network(nn.Module):
     def __init__(self, structure: str, width: int) -> None:
         super().__init__()
         self.embed = StructuredLinear(PIXELS, width, "dense", bias=False)
-        self.blocks = nn.ModuleList(Block(structure, width) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(structure, width, 4) for _ in range(2))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = StructuredLinear(width, 10, "dense", bias=False, zero_init=True)
 

@@ -7,6 +7,7 @@ import pytest
 
 from structops.algebra.closure import ROWS
 from structops.algebra.counting import macs
+from structops.power_law import fit
 from structops.studies import algebra, closure, report
 from structops.studies import demo as study
 from structops.studies.mlp import MLP, width_for
@@ -136,16 +137,16 @@ def test_abbreviations_of_structures_differ():
 
 def test_a_power_of_n_is_found_and_noise_widens_its_error():
     sizes = [2**k for k in range(4, 12)]
-    exact = algebra.fit(sizes, [3e-9 * n**1.5 for n in sizes])
+    exact = fit(sizes, [3e-9 * n**1.5 for n in sizes])
     assert exact.exponent == pytest.approx(1.5)
     assert exact.error == pytest.approx(0, abs=1e-9)
     noise = [1.3, 0.8, 1.1, 0.7, 1.2, 0.9, 1.4, 0.8]
-    noisy = algebra.fit(sizes, [3e-9 * n**1.5 * factor for n, factor in zip(sizes, noise, strict=True)])
+    noisy = fit(sizes, [3e-9 * n**1.5 * factor for n, factor in zip(sizes, noise, strict=True)])
     slope, covariance = np.polyfit(np.log(sizes), np.log(sizes) * 1.5 + np.log(noise), 1, cov=True)
     assert noisy.exponent == pytest.approx(slope[0])
     assert noisy.error == pytest.approx(covariance[0, 0] ** 0.5)
     with pytest.raises(ValueError, match="two sizes"):
-        algebra.fit([16, 16], [1.0, 2.0])
+        fit([16, 16], [1.0, 2.0])
 
 
 def test_what_a_call_costs_is_taken_off_and_small_sizes_are_left_out():
@@ -169,7 +170,7 @@ def test_the_stated_cost_of_a_product_is_that_of_its_count(case):
     sizes = [root**2 for root in (32, 64)]
     counted = [macs(algebra.Library("torch").operand(case.operands[0], round(n**0.5))) for n in sizes]
     stated = [algebra.COSTS[case.cost](n) for n in sizes]
-    assert algebra.fit(sizes, counted).exponent == pytest.approx(algebra.fit(sizes, stated).exponent, abs=0.07)
+    assert fit(sizes, counted).exponent == pytest.approx(fit(sizes, stated).exponent, abs=0.07)
 
 
 def test_costs_are_those_that_there_are():

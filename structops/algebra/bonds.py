@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from structops import _array
 from structops._array import Array
 from structops._cola import LinearOperator
+from structops.algebra.product import transposed
 from structops.algebra.sum import sum_rule
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
@@ -79,8 +79,7 @@ def sum_chains(A: ChainOperator, B: ChainOperator) -> LinearOperator | None:
         return None
     if not A.is_transposed:
         return direct_sum(A, B)
-    total: Any = direct_sum(A.T, B.T)  # type: ignore[arg-type]
-    return None if total is None else total.T
+    return transposed(direct_sum(A.T, B.T))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------------- rounding

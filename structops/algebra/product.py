@@ -32,6 +32,11 @@ def product_rule(A: LinearOperator, B: LinearOperator) -> LinearOperator | None:
     return None
 
 
+def transposed(result: LinearOperator | None) -> LinearOperator | None:
+    """The transpose of what a rule gave, for rules that ask about transposes: ``A B = (B^T A^T)^T``."""
+    return None if result is None else result.T
+
+
 class Product(StructuredOperator, _cola.Product):
     r"""The product of operators that have no common structure.
 

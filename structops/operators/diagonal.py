@@ -14,7 +14,7 @@ from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.eigen import Spectrum, eigen_rule, function_rule
 from structops.algebra.inverse import inverse_rule, pinv_rule, reciprocal
 from structops.algebra.kronecker import kron_rule
-from structops.algebra.product import product_rule
+from structops.algebra.product import product_rule, transposed
 from structops.algebra.scalar import Identity, scalar_of
 from structops.algebra.sum import sum_rule
 from structops.algebra.svd import SVD, svd_rule
@@ -107,7 +107,7 @@ def kron_diagonals(A: _cola.Diagonal, B: _cola.Diagonal) -> LinearOperator | Non
 def diagonal_times_chain(D: _cola.Diagonal, A: ChainOperator) -> LinearOperator | None:
     """The factor that is applied last takes the diagonal, if all output labels are its own."""
     if A.is_transposed:
-        return _transposed(chain_times_diagonal(A.T, D))  # type: ignore[arg-type]
+        return transposed(chain_times_diagonal(A.T, D))  # type: ignore[arg-type]
     return _absorbed(A, D.diag, A.chain.terms[-1], len(A.arrays) - 1, A.chain.padded_out)
 
 
@@ -115,12 +115,8 @@ def diagonal_times_chain(D: _cola.Diagonal, A: ChainOperator) -> LinearOperator 
 def chain_times_diagonal(A: ChainOperator, D: _cola.Diagonal) -> LinearOperator | None:
     """The factor that is applied first takes the diagonal, if all input labels are its own."""
     if A.is_transposed:
-        return _transposed(diagonal_times_chain(D, A.T))  # type: ignore[arg-type]
+        return transposed(diagonal_times_chain(D, A.T))  # type: ignore[arg-type]
     return _absorbed(A, D.diag, A.chain.terms[0], 0, A.chain.padded_in)
-
-
-def _transposed(A: LinearOperator | None) -> LinearOperator | None:
-    return None if A is None else A.T
 
 
 def _absorbed(A: ChainOperator, diag: Array, outer: str, position: int, padded: int) -> LinearOperator | None:

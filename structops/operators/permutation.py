@@ -14,7 +14,7 @@ from structops.algebra.determinant import determinant_rule
 from structops.algebra.diagonal import diagonal_length, diagonal_rule
 from structops.algebra.eigen import Spectrum
 from structops.algebra.kronecker import kron_rule
-from structops.algebra.product import product_rule
+from structops.algebra.product import product_rule, transposed
 from structops.algebra.scalar import Identity
 from structops.algebra.svd import SVD, svd_rule
 from structops.chain import Step
@@ -142,8 +142,7 @@ def kron_permutations(A: Permutation, B: Permutation) -> LinearOperator | None:
 def permutation_times_chain(P: Permutation, A: ChainOperator) -> LinearOperator | None:
     """The factor that is applied last takes the permutation, if it emits all output labels."""
     if A.is_transposed:
-        result = chain_times_permutation(A.T, P.T)
-        return None if result is None else result.T
+        return transposed(chain_times_permutation(A.T, P.T))
     return _reordered(A, P.perm, at_output=True)
 
 
@@ -151,8 +150,7 @@ def permutation_times_chain(P: Permutation, A: ChainOperator) -> LinearOperator 
 def chain_times_permutation(A: ChainOperator, P: Permutation) -> LinearOperator | None:
     """The factor that is applied first takes the permutation, if it contracts all input labels."""
     if A.is_transposed:
-        result = permutation_times_chain(P.T, A.T)
-        return None if result is None else result.T
+        return transposed(permutation_times_chain(P.T, A.T))
     return _reordered(A, P.inverse_perm, at_output=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from structops.algebra.rounding import compress
 from structops.algebra.svd import svd
 from structops.operators import Diagonal, Permutation
 from structops.operators.kron import kron
+from structops.power_law import fit
 from structops.spec import structure
 from structops.studies.report import machine, table, write_json
 
@@ -161,34 +161,6 @@ LONGEST = 0.1  # seconds of a run at which the sizes stop growing
 PATIENCE = 2  # the same for all that a size takes: operands, compiling, runs
 MOST_NUMBERS = 3e7  # of all operands: 120 MB in float32
 FEWEST = 3  # sizes of a fit
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A power of n by least squares in the logarithms.
-
-    Attributes:
-        exponent: The power.
-        error: Its standard error; infinite for two points.
-    """
-
-    exponent: float
-    error: float
-
-
-def fit(sizes: Sequence[float], times: Sequence[float]) -> Fit:
-    """The power of n with which the times grow, every size with the same weight.
-
-    Raises:
-        ValueError: There are fewer than two sizes.
-    """
-    x, y = [math.log(n) for n in sizes], [math.log(t) for t in times]
-    if len(set(x)) < 2:
-        raise ValueError(f"an exponent needs two sizes, got {len(set(x))}")
-    slope, intercept = statistics.linear_regression(x, y)
-    spread = sum((a - statistics.fmean(x)) ** 2 for a in x)
-    rest = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return Fit(slope, math.sqrt(rest / (len(x) - 2) / spread) if len(x) > 2 else math.inf)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from structops import power_law
 from structops.errors import StructureError
 
 TOLERANCE = 0.15
@@ -346,17 +347,12 @@ def fit(points: Iterable[tuple[float, float]]) -> Slope:
     Returns:
         NaN with fewer than two widths; an infinite band with two points.
     """
-    kept = [(math.log(w), math.log(v)) for w, v in points if v > 0 and math.isfinite(v)]
-    if len({x for x, _ in kept}) < 2:
+    kept = [(w, v) for w, v in points if v > 0 and math.isfinite(v)]
+    widths, values = [w for w, _ in kept], [v for _, v in kept]
+    if len(set(widths)) < 2:
         return Slope(math.nan, math.nan)
-    mean_x, mean_y = (sum(column) / len(kept) for column in zip(*kept, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in kept)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in kept) / spread
-    rest = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in kept)
-    free = len(kept) - 2
-    if free < 1:
-        return Slope(slope, math.inf)
-    return Slope(slope, _student(free) * math.sqrt(rest / free / spread))
+    found, free = power_law.fit(widths, values), len(kept) - 2
+    return Slope(found.exponent, _student(free) * found.error if free else math.inf)
 
 
 def _student(free: int) -> float:
