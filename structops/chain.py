@@ -28,9 +28,9 @@ from functools import cached_property
 from operator import index
 from typing import SupportsIndex
 
-from structops.errors import PatternError, ShapeError
-
-TOKENS = "*"  # stands for all leading axes of x in a schedule; never a label
+from structops.errors import ShapeError
+from structops.pattern import Regroup, Step, roles, split_terms
+from structops.program import Move, moves
 
 
 @dataclass(frozen=True)
@@ -72,44 +72,6 @@ class Factor:
     def T(self) -> Factor:
         """The same parameters in the transposed chain: fan-in and fan-out trade places."""
         return Factor(self.name, self.shape, self.fan_out, self.fan_in, self.blocks, self.sharing)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One factor of a chain with the role of every label; each string is in the order of the factor or state."""
-
-    labels: str
-    batch: str
-    emitted: str
-    contracted: str
-    shared: str
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The permutation of the factor's axes that stores it as batch, emitted, contracted."""
-        return tuple(self.labels.index(label) for label in self.batch + self.emitted + self.contracted)
-
-
-@dataclass(frozen=True)
-class Regroup:
-    """A reversible re-reading of the whole state: flattened as ``before``, read as ``after``."""
-
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Move:
-    """One operation of a schedule; -1 is the axis of all leading axes of x.
-
-    Read the state as ``state``, permute it by ``axes``, reshape it to ``matrix`` and multiply it by the transpose of
-    the factor read as ``factor`` (nothing to multiply by if that is empty).
-    """
-
-    state: tuple[int, ...]
-    axes: tuple[int, ...]
-    matrix: tuple[int, ...]
-    factor: tuple[int, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,15 +118,15 @@ class Chain:
     steps: tuple[Step | Regroup, ...] = field(init=False, repr=False, compare=False)
     factor_steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
     factors: tuple[Factor, ...] = field(init=False, repr=False, compare=False)
-    schedule: tuple[Move, ...] = field(init=False, repr=False, compare=False)
+    moves: tuple[Move, ...] = field(init=False, repr=False, compare=False)
     padded_in: int = field(init=False, repr=False, compare=False)
     padded_out: int = field(init=False, repr=False, compare=False)
     _size: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check the pattern, then derive the roles, the factors and the schedule."""
+        """Check the pattern, then derive the roles, the factors and the moves."""
         put = object.__setattr__
-        terms, output = _split(self.pattern)
+        terms, output = split_terms(self.pattern)
         put(self, "pattern", ", ".join(terms) + " -> " + output)
         put(self, "terms", (*terms, output))
         given = dict(self.sizes)
@@ -175,7 +137,7 @@ class Chain:
             raise ShapeError(f"{self.pattern!r}: every size must be a whole number of at least 1, got {bad}")
         put(self, "_size", {label: int(given[label]) for label in used})
         put(self, "sizes", tuple(self._size.items()))
-        put(self, "steps", tuple(_steps(terms, output, self.pattern)))
+        put(self, "steps", tuple(roles(terms, output, self.pattern)))
         for step in self.steps:
             if isinstance(step, Regroup) and self.size(step.before) != self.size(step.after):
                 raise ShapeError(
@@ -191,7 +153,7 @@ class Chain:
             put(self, name, true)
         put(self, "factor_steps", tuple(step for step in self.steps if isinstance(step, Step)))
         put(self, "factors", tuple(self._factor(step) for step in self.factor_steps))
-        put(self, "schedule", tuple(self._moves()))
+        put(self, "moves", tuple(moves(terms[0], self.steps, output, self._size)))
 
     # ------------------------------------------------------------------------------------------------ labels and sizes
 
@@ -334,31 +296,6 @@ class Chain:
         """The chain of the transposed matrix."""
         return self.transpose()
 
-    # -------------------------------------------------------------------------------------------------------- schedule
-
-    def _moves(self) -> Iterator[Move]:
-        """Reshapes, permutations and (batched) matrix products that compute the chain; see `Move`."""
-        state = TOKENS + self.terms[0]
-        for step in self.steps:
-            if isinstance(step, Regroup):
-                target, after = TOKENS + step.before, TOKENS + step.after
-                matrix: tuple[int, ...] = (-1, self.size(step.before))
-                factor: tuple[int, ...] = ()
-            else:
-                target = step.batch + TOKENS + step.shared + step.contracted
-                after = step.batch + TOKENS + step.shared + step.emitted
-                blocks, rows, cols = self.size(step.batch), self.size(step.emitted), self.size(step.contracted)
-                matrix, factor = (
-                    ((blocks, -1, cols), (blocks, rows, cols)) if blocks > 1 else ((-1, cols), (rows, cols))
-                )
-            yield self._move(state, target, matrix, factor)
-            state = after
-        yield self._move(state, TOKENS + self.terms[-1], (-1, self.padded_out), ())
-
-    def _move(self, state: str, target: str, matrix: tuple[int, ...], factor: tuple[int, ...]) -> Move:
-        shape = tuple(-1 if label == TOKENS else self._size[label] for label in state)
-        return Move(shape, tuple(state.index(label) for label in target), matrix, factor)
-
     def __repr__(self) -> str:
         """The pattern, the sizes and, where padded, the true shape."""
         sizes = ", ".join(f"{label}={size}" for label, size in self._size.items())
@@ -369,58 +306,3 @@ class Chain:
 
 def _is_size(size: object) -> bool:
     return isinstance(size, SupportsIndex) and index(size) >= 1
-
-
-def _split(pattern: str) -> tuple[list[str], str]:
-    """Terms left of the arrow and the output, without blanks."""
-    left, arrow, output = "".join(pattern.split()).partition("->")
-    terms = left.split(",")
-    if not arrow or "->" in output or "," in output or not all(terms) or not output:
-        raise PatternError(f"expected 'input, factor, ... -> output' like 'cd, sbcd, abcs -> ab', got {pattern!r}")
-    if all("=" in term for term in terms[1:]):
-        raise PatternError(f"{pattern!r} has no factor; the identity is no chain")
-    for term in (*terms, output):
-        for labels in term.split("="):
-            if len(set(labels)) != len(labels) or not labels.isalnum():
-                raise PatternError(f"{pattern!r}: {term!r} must be distinct labels, each a letter or digit")
-    if any(term.count("=") > 1 for term in terms) or "=" in terms[0] + output:
-        raise PatternError(f"{pattern!r}: a regroup is one term 'before=after' between input and output")
-    return terms, output
-
-
-def _steps(terms: list[str], output: str, pattern: str) -> Iterator[Step | Regroup]:
-    """Give every label of every factor its role, from what the later terms still need."""
-    state = terms[0]
-    for position, term in enumerate(terms[1:], start=1):
-        if "=" in term:
-            before, after = term.split("=")
-            if set(before) != set(state):
-                raise PatternError(f"{pattern!r}: the regroup {term!r} must list the whole state {state!r}")
-            state = after
-            yield Regroup(before, after)
-            continue
-        needed = _needed(terms[position + 1 :], output)
-        batch = "".join(label for label in term if label in state and label in needed)
-        emitted = "".join(label for label in term if label not in state)
-        contracted = "".join(label for label in term if label in state and label not in needed)
-        shared = "".join(label for label in state if label not in term)
-        for label in emitted + shared:
-            if label not in needed:
-                raise PatternError(
-                    f"{pattern!r}: label {label!r} is in no later factor, and not in the next regroup or the output, "
-                    f"when {term!r} is applied; a chain never sums a label away, so let a later term use it"
-                )
-        yield Step(term, batch, emitted, contracted, shared)
-        state = batch + shared + emitted
-    if set(state) != set(output):
-        raise PatternError(f"{pattern!r}: the factors leave the labels {state!r}, the output asks for {output!r}")
-
-
-def _needed(later: list[str], output: str) -> str:
-    """Labels that the terms up to the next regroup, or the output, still use."""
-    labels = ""
-    for term in later:
-        if "=" in term:
-            return labels + term.split("=")[0]
-        labels += term
-    return labels + output

@@ -40,10 +40,11 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
     if chain.padded_in != chain.in_features:
         x = pad(x, [(0, chain.padded_in - chain.in_features)])
     state, remaining = x, iter(factors)
-    for move in chain.schedule:
+    for move in chain.moves:
         state = permute(state.reshape(move.state), move.axes).reshape(move.matrix)
         if move.factor:
-            state = state @ next(remaining).reshape(move.factor).mT
+            factor = next(remaining).reshape(move.factor)
+            state = state @ factor.mT if move.is_last else factor @ state
     if chain.padded_out != chain.out_features:
         state = state[:, : chain.out_features]
     return state.reshape((*lead, chain.out_features))

@@ -23,7 +23,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from a later line to an earlier one, or stay inside a package.
 LAYERS = (
     {"errors"},
-    {"chain", "modes", "power_law", "_array", "_plum"},
+    {"pattern", "modes", "power_law", "_array", "_plum"},
+    {"program"},
+    {"chain"},
     {"contract", "_implicit"},
     {"_repairs"},
     {"_cola"},
@@ -113,11 +115,12 @@ def test_algebra_names_no_structure():
 
 
 def test_the_chain_needs_nothing():
-    """No arrays: only the standard library, and the errors."""
-    for name, line in imports(PACKAGE / "chain.py"):
-        assert name.split(".")[0] in sys.stdlib_module_names | {"__future__"} or name.startswith("structops.errors"), (
-            line
-        )
+    """No arrays: only the standard library, and what is made of it."""
+    heart = ("errors", "pattern", "program", "chain")
+    for module in heart:
+        for name, line in imports(PACKAGE / f"{module}.py"):
+            ours = name.split(".")[1] in heart if name.startswith("structops.") else False
+            assert ours or name.split(".")[0] in sys.stdlib_module_names | {"__future__"}, f"{module}.py:{line}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)

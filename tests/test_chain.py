@@ -9,8 +9,9 @@ import pickle
 import numpy as np
 import pytest
 
-from structops.chain import Chain, Factor, Regroup, Step
+from structops.chain import Chain, Factor
 from structops.errors import PatternError, ShapeError
+from structops.pattern import Regroup, Step
 
 # Name: pattern, sizes, and for every factor its batch, emitted, contracted and shared labels.
 ROLES = {
@@ -133,7 +134,7 @@ def test_a_chain_is_a_value():
     assert repr(chain) == "Chain('cd, sbcd, abcs -> ab', a=4, b=3, c=2, d=5, s=1)"
     for copied in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
         assert copied == chain
-        assert copied.schedule == chain.schedule
+        assert copied.moves == chain.moves
     with pytest.raises(AttributeError):
         chain.in_features = 3
 

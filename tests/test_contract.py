@@ -571,7 +571,6 @@ def test_no_call_derives_the_pattern_again(backend, monkeypatch):
     def derive(*_):
         raise AssertionError("the pattern was parsed in a call")
 
-    for name in ("_split", "_steps", "_needed"):
-        monkeypatch.setattr(f"structops.chain.{name}", derive)
-    monkeypatch.setattr(Chain, "_moves", derive)
+    for name in ("chain.split_terms", "chain.roles", "chain.moves", "program._operand"):
+        monkeypatch.setattr(f"structops.{name}", derive)
     np.testing.assert_array_equal(contract(chain, factors, x), np.asarray(x) @ matrix.T)

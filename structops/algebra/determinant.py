@@ -11,9 +11,10 @@ from structops._plum import dispatch
 from structops.algebra.inverse import check_square, has_square_factors, is_square
 from structops.algebra.product import Product
 from structops.algebra.scalar import Identity, Zero, like
-from structops.chain import TOKENS, Chain, Regroup
+from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.operator import StructuredOperator, check_precision
+from structops.pattern import Regroup
 
 
 @dispatch
@@ -85,16 +86,15 @@ def is_odd(chain: Chain) -> bool:
     Exchanging two neighbouring axes of a and b entries moves ``C(a, 2) C(b, 2)`` pairs out of order, in each of the
     outer positions, and with each entry a run of inner ones.
     """
-    swaps, state = 0, TOKENS + chain.terms[0]
-    size = dict(chain.sizes) | {TOKENS: 1}
+    swaps, state, size = 0, chain.terms[0], dict(chain.sizes)
     for step in chain.steps:
         if isinstance(step, Regroup):
-            swaps += _inversions(state, TOKENS + step.before, size)
-            state = TOKENS + step.after
+            swaps += _inversions(state, step.before, size)
+            state = step.after
         else:
-            swaps += _inversions(state, step.batch + TOKENS + step.shared + step.contracted, size)
-            state = step.batch + TOKENS + step.shared + step.emitted
-    return bool((swaps + _inversions(state, TOKENS + chain.terms[-1], size)) % 2)
+            swaps += _inversions(state, step.batch + step.shared + step.contracted, size)
+            state = step.batch + step.shared + step.emitted
+    return bool((swaps + _inversions(state, chain.terms[-1], size)) % 2)
 
 
 def _inversions(state: str, target: str, size: dict[str, int]) -> int:

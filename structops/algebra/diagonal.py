@@ -13,9 +13,10 @@ from structops._plum import dispatch
 from structops.algebra.inverse import check_square
 from structops.algebra.scalar import ScalarOperator
 from structops.algebra.sum import Sum
-from structops.chain import Chain, Regroup
+from structops.chain import Chain
 from structops.chain_operator import ChainOperator
 from structops.operator import StructuredOperator
+from structops.pattern import Regroup
 
 
 @dispatch

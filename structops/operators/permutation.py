@@ -17,10 +17,10 @@ from structops.algebra.kronecker import kron_rule
 from structops.algebra.product import product_rule, transposed
 from structops.algebra.scalar import Identity
 from structops.algebra.svd import SVD, svd_rule
-from structops.chain import Step
 from structops.chain_operator import ChainOperator
 from structops.errors import BackendError, ShapeError
 from structops.operator import StructuredOperator, check_arrays, check_axes
+from structops.pattern import Step
 
 
 class Permutation(StructuredOperator, _cola.Permutation):

@@ -1,0 +1,134 @@
+"""How a chain is computed: reshapes, permutations and (batched) matrix products, as plain numbers derived once.
+
+The layout decides the speed.  Between two factors the state is kept *token-minor*: labels first, tokens last, so that
+
+- every product ``factor @ state`` of ``(blocks, fan_out, fan_in)`` and ``(blocks, fan_in, tokens)`` writes the state
+  that the next product reads through strides, in most chains without a copy in between;
+- where a copy is needed after all, it moves whole runs of tokens.
+
+The first product reads x as it comes, tokens first, through strides, wherever its contracted labels are the last of the
+input.  The last product, ``state.T @ factor.T``, writes ``(blocks, tokens, fan_out)``, and the one copy that the order
+of the output asks for is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from structops.pattern import Regroup, Step
+
+TOKENS = "*"  # stands for all leading axes of x; never a label
+
+
+@dataclass(frozen=True)
+class Move:
+    """One operation on the state; -1 is the axis of all leading axes of x, and of what is shared beside it.
+
+    Read the state as ``state``, permute it by ``axes`` and reshape it to ``matrix``.  Then multiply by the factor read
+    as ``factor``: ``factor @ matrix``, or ``matrix @ factor.T`` in the last product.  Without a factor the result is
+    the new state.
+
+    Attributes:
+        state: Sizes of the labels of the state, in the order in which it is stored.
+        axes: The permutation.
+        matrix: Shape of the operand, ``(blocks, fan_in, -1)``, or ``(blocks, -1, fan_in)`` in the last product; without
+            the first axis where there is one block.
+        factor: Shape of the factor, with as many axes as the operand; empty for no product.
+        is_last: Whether this is the last product.
+        repeats: Above 1, the one block of the factor multiplies so many matrices of shared labels, one by one.
+        copies: Whether the permuted state is copied, since no strides describe it as such a matrix.
+    """
+
+    state: tuple[int, ...]
+    axes: tuple[int, ...]
+    matrix: tuple[int, ...]
+    factor: tuple[int, ...] = ()
+    is_last: bool = False
+    repeats: int = 1
+    copies: bool = False
+
+
+def moves(inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mapping[str, int]) -> Iterator[Move]:
+    """The operations that compute a chain, one for every factor and at the end one that puts the output in order.
+
+    Args:
+        inputs: Labels of the input.
+        steps: The factors, and the regroups between them.
+        output: Labels of the output.
+        size: Size of every label.
+    """
+    order, last = TOKENS + inputs, max(k for k, step in enumerate(steps) if isinstance(step, Step))
+    for k, step in enumerate(steps):
+        if isinstance(step, Step):
+            batch, contracted, kept = _operand(order, step, size)
+            yield _product(order, step, (batch, contracted, kept), k == last, size)
+            order = batch + kept + step.emitted if k == last else batch + step.emitted + kept
+        elif _long(order, size) == _long(step.before + TOKENS, size):  # the same numbers in the same places
+            order = step.after + TOKENS
+        else:
+            if order != TOKENS + step.before:
+                yield _reread(order, TOKENS + step.before, size)
+            order = TOKENS + step.after
+    yield _reread(order, TOKENS + output, size)
+
+
+def _operand(order: str, step: Step, size: Mapping[str, int]) -> tuple[str, str, str]:
+    """Labels of the three axes of the operand: batch, contracted, and kept, which ends with the tokens.
+
+    Labels that the factor does not have are kept beside the tokens; or, where the factor has one block, as a batch of
+    products with that block.  What needs no copy is preferred.
+    """
+    shared = "".join(label for label in order if label in step.shared)
+    choices = [(step.batch, step.contracted, shared + TOKENS)]
+    if _size(step.batch, size) == 1 and shared:
+        start = min(order.index(label) for label in step.contracted) if step.contracted else 0
+        ahead = "".join(label for label in shared if order.index(label) < start or order[0] == TOKENS)
+        rest = "".join(label for label in shared if label not in ahead)
+        choices.append((step.batch + ahead, step.contracted, rest + TOKENS))
+    return next((choice for choice in choices if _is_view(order, choice, size)), choices[0])
+
+
+def _is_view(order: str, groups: tuple[str, str, str], size: Mapping[str, int]) -> bool:
+    """Whether strides describe a state in this order as a matrix with these axes, one of the last two contiguous."""
+    stored = _long(order, size)
+    batch, *inner = (_long(group, size) for group in groups)
+    return all(group in stored for group in (batch, *inner)) and not (batch and stored.endswith(batch))
+
+
+def _long(labels: str, size: Mapping[str, int]) -> str:
+    """The labels that are not of size 1, which have no place in memory."""
+    return "".join(label for label in labels if label == TOKENS or size[label] > 1)
+
+
+def _product(order: str, step: Step, groups: tuple[str, str, str], is_last: bool, size: Mapping[str, int]) -> Move:
+    batch, contracted, kept = groups
+    blocks, ahead = _size(step.batch, size), _size(batch, size)
+    inner = (-1, _size(contracted, size)) if is_last else (_size(contracted, size), -1)
+    factor = (_size(step.emitted, size), _size(step.contracted, size))
+    target = batch + kept + contracted if is_last else batch + contracted + kept
+    return Move(
+        state=_shape(order, size),
+        axes=tuple(order.index(label) for label in target),
+        matrix=(ahead, *inner) if ahead > 1 else inner,
+        factor=(blocks, *factor) if ahead > 1 else factor,
+        is_last=is_last,
+        repeats=ahead // blocks,
+        copies=not _is_view(order, groups, size),
+    )
+
+
+def _reread(order: str, target: str, size: Mapping[str, int]) -> Move:
+    """Bring the state into another order, tokens first, and flatten it."""
+    axes = tuple(order.index(label) for label in target)
+    flat = (-1, _size(target[1:], size))
+    return Move(_shape(order, size), axes, flat, copies=_long(order, size) != _long(target, size))
+
+
+def _shape(order: str, size: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(-1 if label == TOKENS else size[label] for label in order)
+
+
+def _size(labels: str, size: Mapping[str, int]) -> int:
+    return math.prod(size[label] for label in labels)
