@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,71 @@ def algebra(
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; the table has what was finished")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def bench(
+    shapes: Annotated[
+        str, typer.Option(help="Sizes, 1024 or input x output 4096x14336, separated by semicolons.")
+    ] = "",
+    structures: Annotated[str, typer.Option(help="Specs, separated by semicolons; six by default.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of vectors that are multiplied at once.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of float32, bfloat16, float16 and float64.")] = "",
+    device: Annotated[str, typer.Option(help="Device of torch, such as cpu or cuda.")] = "cpu",
+    passes: Annotated[str, typer.Option(help="Of forward and train, which is forward and backward.")] = "",
+    contestants: Annotated[str, typer.Option(help="What to compare with; all by default.")] = "",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timings of every contestant.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all numbers.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small defaults, for a first impression.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for tables, plot and numbers.")] = Path("structops-bench"),
+) -> None:
+    """How fast is a structured layer beside a dense one, and beside other ways to compute the same?"""
+    _require("torch", "demo")
+    from dataclasses import replace
+
+    from structops.bench import cases
+
+    base = cases.Settings().quick() if quick else cases.Settings()
+    chosen = {
+        "shapes": _shapes(shapes),
+        "structures": tuple(_names(structures)),
+        "tokens": tuple(sorted(set(_numbers(tokens, "--tokens")))) if tokens else (),
+        "dtypes": _some_of(dtype, cases.BYTES, "--dtype"),
+        "passes": _some_of(passes, cases.PASSES, "--passes"),
+        "contestants": _some_of(contestants, cases.CONTESTANTS, "--contestants"),
+        "repeats": repeats,
+    }
+    given: dict[str, Any] = {name: value for name, value in chosen.items() if value}
+    _study(lambda: _bench(replace(base, **given, device=device, threads=threads, seed=seed), out))
+
+
+def _bench(settings: Any, out: Path) -> None:
+    """Measure; the numbers are on disk after every case, tables and plot at the end, also after an interrupt."""
+    from structops.bench.contestant import DisagreementError
+    from structops.bench.report import facts, figure, markdown, overview
+    from structops.bench.run import bench as run
+    from structops.errors import BackendError
+    from structops.studies.report import machine, table, write_figure, write_json
+
+    report: Any = None
+    try:
+        for report in run(settings, machine(), console):
+            write_json(out / "bench.json", report.data())
+    except DisagreementError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(1) from None
+    except BackendError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    finally:
+        if report:
+            for sheet in overview(report):
+                console.print(table(sheet.title, sheet.columns, sheet.rows))
+            for line in facts(report):
+                console.print(f"- {line}", markup=False, highlight=False)
+            (out / "bench.md").write_text(markdown(report), encoding="utf-8")
+            write_figure(out / "bench.png", figure(report))
+            console.print(f"in {out}: bench.json, bench.md, bench.png")
 
 
 @study.command("coordinate-check")
@@ -201,6 +266,34 @@ def _numbers(text: str, option: str, least: int = 1) -> list[int]:
     if len(set(values)) < least or min(values) < 1:
         raise typer.BadParameter(f"expected {least} or more positive whole numbers, got {text!r}", param_hint=option)
     return values
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of input and output sizes from ``1024;4096x14336``.
+
+    Raises:
+        BadParameter: A part is neither a size nor two.
+    """
+    found = []
+    for part in _names(text.replace(",", ";")):
+        sizes = part.lower().split("x")
+        if len(sizes) > 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
+            message = f"expected sizes such as 1024 or 4096x14336 (input x output), got {part!r}"
+            raise typer.BadParameter(message, param_hint="--shapes")
+        found.append((int(sizes[0]), int(sizes[-1])))
+    return tuple(dict.fromkeys(found))
+
+
+def _some_of(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
+    """The names between semicolons or commas.
+
+    Raises:
+        BadParameter: One is unknown.
+    """
+    names = _names(text.replace(",", ";"))
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"{', '.join(unknown)} not among {'; '.join(known)}", param_hint=option)
+    return tuple(dict.fromkeys(names))
 
 
 def _powers(text: str) -> list[float]:
