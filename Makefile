@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-COMMANDS = test demo lint types format docs notebooks fuzz
+COMMANDS = test test-triton demo lint types format docs notebooks fuzz
 
 .PHONY: help .venv clean $(COMMANDS)
 

@@ -27,12 +27,15 @@ OLDEST_PYTHON = (3, 11)
 # Two test processes with a thread each share two cores better than two with two threads each.
 TEST_ENV = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 PYTEST = "pytest -q -n 2"
+# Outside .venv, because everything else has to work without it; on a GPU, PyTorch brings the version that it needs.
+BESIDE = ROOT / ".triton"
+TRITON = "triton==3.8.0"
 LINT = ("ruff check --quiet .", "ruff format --check --quiet .")
 
 # What `clean` removes, as patterns below the root.
 CREATED = (
-    ".venv build dist site structops-demo coordinate-check lr-landscape htmlcov .coverage .coverage.* .hypothesis "
-    ".mypy_cache .pytest_cache .ruff_cache **/__pycache__ **/.ipynb_checkpoints"
+    ".venv .triton build dist site structops-demo coordinate-check lr-landscape htmlcov .coverage .coverage.* "
+    ".hypothesis .mypy_cache .pytest_cache .ruff_cache **/__pycache__ **/.ipynb_checkpoints"
 )
 
 
@@ -44,6 +47,7 @@ class Command:
     steps: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ("dev",)
+    beside: str = ""  # a package for this command alone, without its dependencies, in the folder BESIDE
 
 
 COMMANDS = {
@@ -63,6 +67,12 @@ COMMANDS = {
         "run the property tests on many more examples",
         (f"{PYTEST} -m hypothesis",),
         {**TEST_ENV, "HYPOTHESIS_PROFILE": "fuzz"},
+    ),
+    "test-triton": Command(
+        "run the tests of the Triton kernels, in Triton's interpreter",
+        (f"{PYTEST} tests/on_triton",),
+        {**TEST_ENV, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BESIDE)},
+        beside=TRITON,
     ),
 }
 
@@ -86,6 +96,8 @@ def run(command: Command, arguments: tuple[str, ...]) -> int:
     """Run the steps of a command; the first status that is not 0 ends it."""
     for extra in command.extras:
         setup(extra)
+    if command.beside:
+        setup_beside(command.beside)
     env = {**os.environ, **command.env, "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", "")])}
     for number, step in enumerate(command.steps, start=1):
         program, *rest = shlex.split(step)
@@ -128,12 +140,29 @@ def setup(extra: str) -> None:
     dependencies = pyproject["project"]["optional-dependencies"][extra]
     packages = ["-e", ".[dev]"] if extra == "dev" else dependencies
     print(f"Installing the {extra} packages; the first time takes a minute or more", flush=True)
-    pip = [str(BIN / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
-    quiet = [] if sys.stdout.isatty() else ["-qq"]  # a person wants to see progress, a log does not
-    further = shlex.split(os.environ.get("PIP_ARGS", ""))
-    subprocess.run([*pip, *quiet, *further, *packages], cwd=ROOT, check=True)
+    install("-c", str(CONSTRAINTS), *packages)
     stamp.write_text(digest)
     print(f"Done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def setup_beside(package: str) -> None:
+    """Install a package, and nothing else, into `BESIDE`, unless its stamp says that this was done."""
+    wanted = "{} for Python {}.{}".format(package, *sys.version_info)
+    stamp = BESIDE / ".stamp"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    shutil.rmtree(BESIDE, ignore_errors=True)
+    print(f"Installing {package} into {BESIDE.name}, 0.9 GB", flush=True)
+    install("--no-deps", "--target", str(BESIDE), package)
+    stamp.write_text(wanted)
+
+
+def install(*arguments: str) -> None:
+    """Run pip of `.venv`."""
+    pip = [str(BIN / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    quiet = [] if sys.stdout.isatty() else ["-qq"]  # a person wants to see progress, a log does not
+    further = shlex.split(os.environ.get("PIP_ARGS", ""))
+    subprocess.run([*pip, *quiet, *further, *arguments], cwd=ROOT, check=True)
 
 
 def is_usable() -> bool:
@@ -176,7 +205,7 @@ def print_help() -> None:
     helps["setup"] = "build or update .venv (make .venv); every command above does so by itself"
     helps["clean"] = "remove everything that these commands created, .venv included"
     for name, text in helps.items():
-        print(f"  {name:<10} {text}")
+        print(f"  {name:<11} {text}")
 
 
 if __name__ == "__main__":

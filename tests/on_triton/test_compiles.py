@@ -1,0 +1,53 @@
+"""What the interpreter cannot tell: that the kernels compile for real GPUs.  Triton needs none for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# a, b, c, d, s
+WIDE = [(512, 8, 8, 512, 64), (256, 4, 4, 1024, 16)]
+MANY = [(32, 32, 32, 32, 1), (64, 64, 64, 64, 4), (7, 5, 3, 9, 2)]
+
+
+def compiled(cases: list[tuple[object, ...]], tmp_path: Path) -> list[dict[str, object]]:
+    """In a process of its own, since the interpreter is chosen when kernels are defined."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("compile_pair.py")
+    done = subprocess.run(
+        [sys.executable, program, json.dumps(cases)],
+        env={**env, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("fp16", 80), ("fp32", 90)])
+def test_kernels_compile_and_fit(dtype, capability, tmp_path):
+    cases = [
+        (name, sizes, tokens, dtype, capability)
+        for name in ("product", "gradient")
+        for sizes in (*WIDE, *MANY)
+        for tokens in (16, 16384)
+    ]
+    for case, result in zip(cases, compiled(cases, tmp_path), strict=True):
+        assert result["bytes"], case
+        assert result["shared"] <= 0.75 * 160 * 1024, (case, result)  # an A100 has 163 KiB, an H100 227
+        assert not result["tf32"], case  # float32 is float32
+        if dtype != "fp32":
+            assert result["wgmma.mma_async"] or result["mma.sync"], case
+
+
+def test_plain_tiles_become_the_instructions_of_hopper(tmp_path):
+    cases = [(name, sizes, 16384, "bf16", 90) for name in ("product", "gradient") for sizes in WIDE]
+    for case, result in zip(cases, compiled(cases, tmp_path), strict=True):
+        assert result["wgmma.mma_async"], case
+        assert not result["mma.sync"], case
