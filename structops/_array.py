@@ -61,6 +61,19 @@ def permute(x: Array, axes: tuple[int, ...]) -> Array:
     return x.permute(axes) if hasattr(x, "permute") else x.transpose(axes)
 
 
+def matmul(left: Array, right: Array) -> Array:
+    """``left @ right``, both with two axes or both with three."""
+    if not hasattr(left, "bmm"):
+        return left @ right
+    # torch's own @ does the same, for more overhead than the product of a small layer
+    return left.bmm(right) if left.ndim == 3 else left.mm(right)
+
+
+def repeat(x: Array, count: int) -> Array:
+    """One matrix (1, m, n) as ``count`` equal ones; a view in torch, and left to ``@`` in JAX."""
+    return x.expand(count, -1, -1) if hasattr(x, "expand") else x
+
+
 def adjoint(x: Array) -> Array:
     """The conjugate transpose of the last two axes; a view of a real array."""
     return namespace(x).conj(x.mT) if is_complex(x.dtype) else x.mT

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from structops._array import Array, backend_of, pad, permute
+from structops._array import Array, backend_of, matmul, pad, permute, repeat
 from structops.chain import Chain
 from structops.errors import BackendError, ShapeError
+from structops.program import Move
 
 
 def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
@@ -36,18 +37,28 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
         ``chain.macs`` multiply-accumulates per vector, ``chain.saved_activations`` numbers per vector kept by autograd.
     """
     check_product(chain, factors, x)
-    lead = x.shape[:-1]
-    if chain.padded_in != chain.in_features:
-        x = pad(x, [(0, chain.padded_in - chain.in_features)])
-    state, remaining = x, iter(factors)
-    for move in chain.moves:
-        state = permute(state.reshape(move.state), move.axes).reshape(move.matrix)
-        if move.factor:
-            factor = next(remaining).reshape(move.factor)
-            state = state @ factor.mT if move.is_last else factor @ state
+    padded = pad(x, [(0, chain.padded_in - chain.in_features)]) if chain.padded_in != chain.in_features else x
+    y = products(chain.moves, factors, padded)
     if chain.padded_out != chain.out_features:
-        state = state[:, : chain.out_features]
-    return state.reshape((*lead, chain.out_features))
+        y = y[:, : chain.out_features]
+    return y.reshape((*x.shape[:-1], chain.out_features))
+
+
+def products(moves: Sequence[Move], factors: Sequence[Array], x: Array) -> Array:
+    """The moves of a chain, unchecked: x (..., padded_in) to y (vectors, padded_out); see `structops.program`."""
+    state, remaining = x, iter(factors)
+    for move in moves:
+        state = permute(state.reshape(move.state), move.axes)
+        if len(move.matrix) != len(move.axes):  # else every axis is one label already
+            state = state.reshape(move.matrix)
+        if move.factor:
+            factor = next(remaining)
+            if factor.shape != move.factor:
+                factor = factor.reshape(move.factor)
+            if move.repeats > 1:
+                factor = repeat(factor, move.repeats)
+            state = matmul(state, factor.mT) if move.is_last else matmul(factor, state)
+    return state
 
 
 def store(chain: Chain, arrays: Sequence[Array]) -> tuple[Array, ...]:

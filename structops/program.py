@@ -31,7 +31,7 @@ class Move:
     the new state.
 
     Attributes:
-        state: Sizes of the labels of the state, in the order in which it is stored.
+        state: Sizes of the labels of the state, in the order in which it is stored; without those of size 1.
         axes: The permutation.
         matrix: Shape of the operand, ``(blocks, fan_in, -1)``, or ``(blocks, -1, fan_in)`` in the last product; without
             the first axis where there is one block.
@@ -59,19 +59,21 @@ def moves(inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mappi
         output: Labels of the output.
         size: Size of every label.
     """
-    order, last = TOKENS + inputs, max(k for k, step in enumerate(steps) if isinstance(step, Step))
+    order, last = _long(TOKENS + inputs, size), max(k for k, step in enumerate(steps) if isinstance(step, Step))
     for k, step in enumerate(steps):
         if isinstance(step, Step):
             batch, contracted, kept = _operand(order, step, size)
             yield _product(order, step, (batch, contracted, kept), k == last, size)
-            order = batch + kept + step.emitted if k == last else batch + step.emitted + kept
-        elif _long(order, size) == _long(step.before + TOKENS, size):  # the same numbers in the same places
-            order = step.after + TOKENS
+            order = _long(batch + kept + step.emitted if k == last else batch + step.emitted + kept, size)
+            continue
+        before, after = _long(step.before, size), _long(step.after, size)
+        if order == before + TOKENS:  # the same numbers in the same places
+            order = after + TOKENS
         else:
-            if order != TOKENS + step.before:
-                yield _reread(order, TOKENS + step.before, size)
-            order = TOKENS + step.after
-    yield _reread(order, TOKENS + output, size)
+            if order != TOKENS + before:
+                yield _reread(order, TOKENS + before, size)
+            order = TOKENS + after
+    yield _reread(order, _long(TOKENS + output, size), size)
 
 
 def _operand(order: str, step: Step, size: Mapping[str, int]) -> tuple[str, str, str]:
@@ -80,50 +82,47 @@ def _operand(order: str, step: Step, size: Mapping[str, int]) -> tuple[str, str,
     Labels that the factor does not have are kept beside the tokens; or, where the factor has one block, as a batch of
     products with that block.  What needs no copy is preferred.
     """
+    batch, contracted = _long(step.batch, size), _long(step.contracted, size)
     shared = "".join(label for label in order if label in step.shared)
-    choices = [(step.batch, step.contracted, shared + TOKENS)]
-    if _size(step.batch, size) == 1 and shared:
-        start = min(order.index(label) for label in step.contracted) if step.contracted else 0
-        ahead = "".join(label for label in shared if order.index(label) < start or order[0] == TOKENS)
-        rest = "".join(label for label in shared if label not in ahead)
-        choices.append((step.batch + ahead, step.contracted, rest + TOKENS))
-    return next((choice for choice in choices if _is_view(order, choice, size)), choices[0])
+    choices = [(batch, contracted, shared + TOKENS)]
+    if shared and not batch:
+        ahead = "".join(label for label in shared if order[0] == TOKENS or label in order.partition(contracted[:1])[0])
+        choices.append((ahead, contracted, shared[len(ahead) :] + TOKENS))
+    return next((choice for choice in choices if _is_view(order, choice)), choices[0])
 
 
-def _is_view(order: str, groups: tuple[str, str, str], size: Mapping[str, int]) -> bool:
+def _is_view(order: str, groups: tuple[str, str, str]) -> bool:
     """Whether strides describe a state in this order as a matrix with these axes, one of the last two contiguous."""
-    stored = _long(order, size)
-    batch, *inner = (_long(group, size) for group in groups)
-    return all(group in stored for group in (batch, *inner)) and not (batch and stored.endswith(batch))
-
-
-def _long(labels: str, size: Mapping[str, int]) -> str:
-    """The labels that are not of size 1, which have no place in memory."""
-    return "".join(label for label in labels if label == TOKENS or size[label] > 1)
+    batch = groups[0]
+    return all(group in order for group in groups) and not (batch and order.endswith(batch))
 
 
 def _product(order: str, step: Step, groups: tuple[str, str, str], is_last: bool, size: Mapping[str, int]) -> Move:
     batch, contracted, kept = groups
     blocks, ahead = _size(step.batch, size), _size(batch, size)
-    inner = (-1, _size(contracted, size)) if is_last else (_size(contracted, size), -1)
-    factor = (_size(step.emitted, size), _size(step.contracted, size))
+    rows, columns = _size(step.emitted, size), _size(contracted, size)
+    inner = (-1, columns) if is_last else (columns, -1)
     target = batch + kept + contracted if is_last else batch + contracted + kept
     return Move(
         state=_shape(order, size),
         axes=tuple(order.index(label) for label in target),
         matrix=(ahead, *inner) if ahead > 1 else inner,
-        factor=(blocks, *factor) if ahead > 1 else factor,
+        factor=(blocks, rows, columns) if ahead > 1 else (rows, columns),
         is_last=is_last,
         repeats=ahead // blocks,
-        copies=not _is_view(order, groups, size),
+        copies=not _is_view(order, groups),
     )
 
 
 def _reread(order: str, target: str, size: Mapping[str, int]) -> Move:
     """Bring the state into another order, tokens first, and flatten it."""
     axes = tuple(order.index(label) for label in target)
-    flat = (-1, _size(target[1:], size))
-    return Move(_shape(order, size), axes, flat, copies=_long(order, size) != _long(target, size))
+    return Move(_shape(order, size), axes, (-1, _size(target[1:], size)), copies=order != target)
+
+
+def _long(labels: str, size: Mapping[str, int]) -> str:
+    """The labels that are not of size 1, which have no place in memory."""
+    return "".join(label for label in labels if label == TOKENS or size[label] > 1)
 
 
 def _shape(order: str, size: Mapping[str, int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ LAYERS = (
     {"pattern", "modes", "power_law", "_array", "_plum"},
     {"program"},
     {"chain"},
-    {"contract", "_implicit"},
+    {"contract", "_implicit", "merging"},
     {"_repairs"},
     {"_cola"},
     {"spec", "operator"},

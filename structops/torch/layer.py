@@ -12,6 +12,7 @@ from structops.mup import init_stds
 from structops.normalise import check_weight_norm, rms_cap, rms_caps
 from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
+from structops.torch.product import Product
 
 
 class StructuredLinear(nn.Module):
@@ -27,6 +28,8 @@ class StructuredLinear(nn.Module):
             of the rule, times a learnable gain: ``gain * min(1, std / rms) * factor``, against residual streams that
             grow.  ``"cap"``: without gains, for query and key projections under QK-norm, where a gain would change
             nothing.  See `structops.normalise.rms_cap`.
+        recompute: Whether the backward pass computes the intermediates between the factors again instead of keeping
+            them: less memory, for the MACs of all factors but the last once more.
         device: Device of the parameters; ``"meta"`` allocates nothing.
         dtype: Dtype of the parameters.
         generator: Source of the random numbers; torch's global one by default.
@@ -65,6 +68,7 @@ class StructuredLinear(nn.Module):
         *,
         zero_init: bool = False,
         weight_norm: bool | Literal["cap"] = False,
+        recompute: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -74,7 +78,9 @@ class StructuredLinear(nn.Module):
         self.structure = _structure(structure)
         self.plan: Plan = self.structure.plan(in_features, out_features)
         self.caps = rms_caps(self.plan, zero_init)
+        self.product = Product(self.plan, recompute)
         shapes = self.plan.stored_shapes
+        self._names = tuple(str(k) for k in range(len(shapes)))
         self.factors = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
         real = real_of(self.factors[0].dtype)
         learnt = weight_norm is True
@@ -97,13 +103,14 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``A x + bias`` for x of shape (..., in_features)."""
-        y = self.plan.apply(self.effective_factors(), x)
+        y, bias = self.product(self.effective_factors(), x), self.bias
         # Under autocast the product is of lower precision than the bias, and so is the result, as in nn.Linear.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def effective_factors(self) -> list[Tensor]:
         """The factors that the product takes: the parameters, or what weight normalisation makes of them."""
-        factors = list(self.factors)
+        parameters = self.factors
+        factors = [getattr(parameters, name) for name in self._names]  # a quarter of the time of list(parameters)
         return rms_cap(factors, self.caps, self.gains) if self.weight_norm else factors
 
     def operator(self) -> StructuredOperator:

@@ -1,0 +1,106 @@
+"""The product of a layer: which of the ways to compute it, decided by sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from structops._array import pad
+from structops.contract import products
+from structops.errors import ShapeError
+from structops.merging import CPU, GPU, Merged, plans
+from structops.spec import ChainPlan, Plan
+from structops.torch.chunks import ChunkedChain, tuning
+from structops.torch.ops import chain_product, to_text
+
+_CHUNKED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Product:
+    """``A x`` on the last axis of x, from the stored factors of a plan.
+
+    Args:
+        plan: The structure at its size.
+        recompute: Whether the backward pass computes the intermediates again instead of keeping them.
+    """
+
+    def __init__(self, plan: Plan, recompute: bool = False) -> None:
+        self.plan = plan
+        self.in_features = plan.in_features
+        self.on_cpu: tuple[tuple[int, Way], ...] = ()
+        self.on_gpu: tuple[tuple[int, Way], ...] = ()
+        if isinstance(plan, ChainPlan):
+            self.on_cpu, self.on_gpu = (
+                tuple((least, Way(merged, recompute)) for least, merged in reversed(plans(plan.chain, machine)))
+                for machine in (CPU, GPU)
+            )
+
+    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The product.
+
+        Raises:
+            ShapeError: The last axis of x is not ``in_features`` long.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ShapeError(f"expected x of shape (..., {self.in_features}), got {tuple(x.shape)}")
+        ways = self.on_cpu if x.device.type == "cpu" else self.on_gpu
+        if not ways:
+            return self.plan.product(factors, x)
+        if len(ways) > 1:
+            tokens = x.numel() // self.in_features
+            return next(way for least, way in ways if tokens >= least)(factors, x)
+        return ways[0][1](factors, x)
+
+
+class Way:
+    """One way to compute a chain: with some factors multiplied together in advance, or none.
+
+    Args:
+        merged: The chain, and how its factors are made.
+        recompute: As for `Product`.
+    """
+
+    def __init__(self, merged: Merged, recompute: bool) -> None:
+        chain = merged.chain
+        self.chain, self.recompute = chain, recompute
+        self.merged = merged if any(merged.equations) else None
+        self.moves = chain.moves
+        self.padding = chain.padded_in - chain.in_features
+        # What is chunked pays for copies and intermediates with its overhead; without copies there is nothing to win.
+        moved = any(move.copies for move in chain.moves) and ChunkedChain.supports(chain)
+        self.text = to_text(chain) if moved else ""
+        self.numbers = sum(chain.intermediate_widths) + chain.out_features
+
+    def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        if self.merged is not None:
+            factors = self.merged.factors(factors)
+        if self.padding:
+            x = pad(x, [(0, self.padding)])
+        if self.text and self._is_large(factors, x):
+            keep = not self.recompute and torch.is_grad_enabled()
+            rows = x.reshape(-1, x.shape[-1])
+            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+            y = chain_product(rows, factors, self.text, keep)[0]
+        else:
+            y = products(self.moves, factors, x)
+        if self.chain.padded_out != self.chain.out_features:
+            y = y[:, : self.chain.out_features]
+        return y.reshape((*x.shape[:-1], self.chain.out_features))
+
+    def _is_large(self, factors: Sequence[Tensor], x: Tensor) -> bool:
+        """Whether chunks pay, and nothing but the values and gradients of plain tensors is asked for."""
+        if x.numel() // x.shape[-1] * self.numbers < tuning.kernel_numbers or x.dtype not in _CHUNKED:
+            return False
+        tensors = (x, *factors)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not autocast and any(tensor.dtype != x.dtype for tensor in factors):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        return not forward_mode and all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            for tensor in tensors
+        )
