@@ -47,6 +47,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ABOVE = {"studies", "bench", "testing", "doctor", "cli"}
 ALLOWED = {
     "torch": {"torch"} | ABOVE,
+    "triton": {"torch"},
     "jax": {"jax"} | ABOVE,
     "jaxlib": {"jax"} | ABOVE,
     "flax": {"jax"} | ABOVE,
