@@ -1,6 +1,7 @@
 # The public names; structops/__init__.py loads each on first use.
 
 from . import mup as mup
+from . import projection as projection
 from .algebra.counting import factors as factors
 from .algebra.counting import flops as flops
 from .algebra.counting import macs as macs
@@ -35,6 +36,7 @@ from .operators import Permutation as Permutation
 from .operators import Toeplitz as Toeplitz
 from .operators import Zero as Zero
 from .operators.kron import kron as kron
+from .projection import project as project
 from .sampling import random as random
 from .spec import Structure as Structure
 from .spec import structure as structure

@@ -1,0 +1,6 @@
+"""From a dense matrix to the nearest member of a structure, with the error and what is known about the optimum."""
+
+from structops.projection.fit import METHODS as METHODS
+from structops.projection.fit import Fit as Fit
+from structops.projection.fit import fit as fit
+from structops.projection.fit import project as project

@@ -1,0 +1,192 @@
+"""Alternating least squares: the best value of one factor of a chain while the others stay, one after another.
+
+The matrix is linear in each factor, so every step is a least-squares problem, and the error never grows.  A step solves
+for the *correction* of a factor by normal equations ``gram @ correction = descent``; where their matrix is singular the
+correction is the shortest one, which leaves alone what the error does not depend on.
+
+In the Frobenius norm one row of the problem is one value of the labels of input and output that the factor has, and the
+unknowns are its bonds alone.  A covariance couples columns: then the input labels of a factor are unknowns, too.  If
+that makes more than ``JOINT`` of them, the values of the input labels that other factors have as well take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product as tuples
+
+from structops import _array
+from structops._array import Array
+from structops.errors import StructureError
+from structops.projection.solving import positive_inverse
+from structops.projection.target import Factors, Target, contract, passing_labels, primed
+
+JOINT = 1024  # unknowns that are solved for together
+MOST = 8192
+TOLERANCE = 1e-5  # of the error that a sweep must take away for another to follow
+
+
+def refined(target: Target, factors: Sequence[Array], sweeps: int) -> Factors:
+    """Factors after some sweeps over all of them, or fewer where a sweep no longer helps."""
+    factors = list(factors)
+    left = target.loss(factors)
+    for _ in range(sweeps):
+        gains = []
+        for k in range(len(factors)):
+            factors[k], gain = _improved(target, factors, k)
+            gains.append(gain)
+        gain = sum(gains[1:], gains[0])
+        left = left - gain
+        if has_converged(gain, left, target.total):
+            break
+    return factors
+
+
+def has_converged(gain: Array, left: Array, total: Array) -> bool:
+    """Whether a sweep that lowered the squared error by ``gain`` to ``left`` of ``total`` was the last that helps."""
+    eps = float(_array.namespace(left).finfo(left.dtype).eps)
+    return _array.is_concrete(gain) and bool(gain <= TOLERANCE * abs(left) + eps * total)
+
+
+def _improved(target: Target, factors: Sequence[Array], k: int) -> tuple[Array, Array]:
+    """Factor k, corrected, and by how much that lowers the squared error (at least, where something is padded)."""
+    problem = _Problem(target, factors, k)
+    name, shape = target.names[k], factors[k].shape
+    step = target.descent(factors)
+    if not problem.turns:
+        change, gain = problem.correction(step, {})
+        return factors[k] + _array.permute(change, tuple(problem.unknown_order.index(n) for n in name)), gain
+    changes, gain = [], 0
+    for values in problem.values():
+        change, more = problem.correction(step, values)
+        step = step - problem.consequence(change, values)
+        changes.append(change)
+        gain = gain + more
+    xp = _array.namespace(step)
+    stacked = xp.stack(changes).reshape((*target.chain.shape_of(problem.turns), *changes[0].shape))
+    order = problem.turns + problem.unknown_order
+    return factors[k] + _array.permute(stacked, tuple(order.index(n) for n in name)).reshape(shape), gain
+
+
+class _Problem:
+    """The least-squares problem of one factor.
+
+    Attributes:
+        free: Its labels of the output, and in the Frobenius norm of the input: rows that do not meet.
+        unknown: Its other labels but for those that take turns.
+        turns: Input labels whose values take turns.
+    """
+
+    def __init__(self, target: Target, factors: Sequence[Array], k: int) -> None:
+        self.target, name, chain = target, target.names[k], target.chain
+        others = [(n, f) for i, (n, f) in enumerate(zip(target.names, factors, strict=True)) if i != k]
+        around = "".join(dict.fromkeys("".join(n for n, _ in others)))
+        self.around = "".join(n for n in around if n in target.labels or n in name)
+        unit = [("", _array.ones((), target.tensor))]
+        self.rest = contract(others or unit, self.around)
+        inputs = "".join(n for n in name if n in target.labels and n not in chain.terms[-1])
+        inner = "".join(n for n in name if n not in target.labels)
+        self.passing, self.turns = passing_labels(chain), ""
+        if target.covariance is None:
+            self.free, self.unknown = "".join(n for n in name if n in target.labels), inner
+            alone = [n for n in target.labels if n not in name + self.around]
+            self.times = chain.size("".join(alone))
+            return
+        self.free, self.unknown = "".join(n for n in name if n in chain.terms[-1]), inputs + inner
+        columns = [n for n in target.labels if n not in chain.terms[-1]]
+        shared = "".join(n for n in inputs if n in self.around)
+        # Without input labels of its own around a value of the shared ones, the problem splits in two small ones.
+        splits = all(n in shared for n in columns if n in self.around) and all(n in name for n in self.passing)
+        self.splits = splits and bool(set(inputs) - set(shared) or shared)
+        if chain.size(self.unknown) > JOINT or (self.splits and shared):
+            self.turns = shared
+            self.unknown = "".join(n for n in self.unknown if n not in shared)
+        self.own = "".join(n for n in self.unknown if n in inputs)
+        if not self.splits and chain.size(self.unknown) > MOST:
+            raise StructureError(
+                f"{chain}: with a covariance, factor {name} has {chain.size(self.unknown)} unknowns that depend on "
+                f"each other, more than {MOST}; use more or smaller cores, or project without a covariance"
+            )
+
+    @property
+    def unknown_order(self) -> str:
+        """The axes of a correction."""
+        return self.free + self.unknown
+
+    def values(self) -> Iterator[dict[str, int]]:
+        """All values of the labels that take turns."""
+        for indices in tuples(*(range(n) for n in self.target.chain.shape_of(self.turns))):
+            yield dict(zip(self.turns, indices, strict=True))
+
+    def correction(self, step: Array, values: Mapping[str, int]) -> tuple[Array, Array]:
+        """The change of the factor, axes ``unknown_order``, and the gain."""
+        xp, labels = _array.namespace(step), self.target.labels
+        around, rest = _at(self.around, self.rest, values)
+        here, local = _at(labels, step, values)
+        right = contract([(around, xp.conj(rest)), (here, local)], self.unknown_order)
+        size = self.target.chain.size
+        if self.target.covariance is not None and self.splits:
+            change = self._split(around, rest, right, values)
+        else:
+            gram_free, gram = self._gram(around, rest, values)
+            order = gram_free + "".join(n for n in self.free if n not in gram_free) + self.unknown
+            moved = _array.permute(right, tuple(self.unknown_order.index(n) for n in order))
+            flat = moved.reshape((size(gram_free), -1, size(self.unknown)))
+            solved = flat @ positive_inverse(gram.reshape((size(gram_free), *(size(self.unknown),) * 2))).mT
+            solved = solved.reshape(moved.shape)
+            change = _array.permute(solved, tuple(order.index(n) for n in self.unknown_order))
+        gain = (xp.conj(change) * right).sum()
+        return change, gain.real if _array.is_complex(gain.dtype) else gain
+
+    def _gram(self, around: str, rest: Array, values: Mapping[str, int]) -> tuple[str, Array]:
+        """The matrix of the normal equations and the free labels that it depends on; its axes: those, rows, columns."""
+        xp, covariance = _array.namespace(rest), self.target.covariance
+        if covariance is None:
+            free = "".join(n for n in self.free if n in around)
+            second = "".join(primed(n) if n in self.unknown else n for n in around)
+            pair = [(around, xp.conj(rest)), (second, rest)]
+            return free, self.times * contract(pair, free + self.unknown + primed(self.unknown))
+        columns = "".join(n for n in self.target.labels if n not in self.target.chain.terms[-1])
+        twice = {primed(n): value for n, value in values.items()} | dict(values)
+        spread = _at(self.passing + primed(columns) + columns, covariance, twice)
+        free = "".join(n for n in self.free if n in around + self.passing)
+        second = "".join(primed(n) if n in self.unknown + columns else n for n in around)
+        triple = [(around, xp.conj(rest)), spread, (second, rest)]
+        return free, contract(triple, free + self.unknown + primed(self.unknown))
+
+    def _split(self, around: str, rest: Array, right: Array, values: Mapping[str, int]) -> Array:
+        """Where the matrix is a Kronecker product, of the bonds' and of the covariance of the factor's own inputs."""
+        xp, size = _array.namespace(rest), self.target.chain.size
+        inner = "".join(n for n in self.unknown if n not in self.own)
+        free = "".join(n for n in self.free if n in around)
+        second = "".join(primed(n) if n in inner else n for n in around)
+        gram = contract([(around, xp.conj(rest)), (second, rest)], free + inner + primed(inner))
+        bonds = positive_inverse(gram.reshape((size(free), *(size(inner),) * 2)))
+        bonds = bonds.reshape(self.target.chain.shape_of(free + inner + inner))
+        columns = "".join(n for n in self.target.labels if n not in self.target.chain.terms[-1])
+        twice = {primed(n): value for n, value in values.items()} | dict(values)
+        names, spread = _at(self.passing + columns + primed(columns), self.target.covariance, twice)
+        inputs = positive_inverse(spread.reshape((size(self.passing), *(size(self.own),) * 2))).reshape(spread.shape)
+        back = self.free + primed(self.own) + primed(inner)
+        solved = contract(
+            [(free + primed(inner) + inner, bonds), (names, inputs), (self.free + self.own + inner, right)], back
+        )
+        order = self.free + self.own + inner
+        return _array.permute(solved, tuple(order.index(n) for n in self.unknown_order))
+
+    def consequence(self, change: Array, values: Mapping[str, int]) -> Array:
+        """What the descent loses when the factor changes at these values of the labels that take turns."""
+        around, rest = _at(self.around, self.rest, values)
+        target = self.target
+        spread = target.covariance
+        labels = "".join(n for n in target.labels if n not in values)
+        moved = contract([(self.unknown_order, change), (around, rest)], labels)
+        columns = "".join(n for n in target.labels if n not in target.chain.terms[-1])
+        names, local = _at(self.passing + columns + primed(columns), spread, values)
+        lost = contract([(labels, moved), (names, local)], target.chain.terms[-1] + primed(columns))
+        return lost if target.weight is None else lost * target.weight
+
+
+def _at(labels: str, array: Array, values: Mapping[str, int]) -> tuple[str, Array]:
+    """An array at fixed values of some labels, and the labels that are left."""
+    index = tuple(values.get(label, slice(None)) for label in labels)
+    return "".join(label for label in labels if label not in values), array[index]

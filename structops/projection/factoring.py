@@ -1,0 +1,105 @@
+"""Factors from singular value decompositions, one bond after another: the closed form of every two-factor chain.
+
+Cut a chain after its first factor.  A label of input or output on both sides of the cut makes *blocks*; the others are
+rows or columns of a block, and the bond, the labels that are neither input nor output, is its rank::
+
+    cd, sbcd, abcs -> ab        blocks b, c;  each is a matrix (a, d) of rank s
+
+Every member has blocks of that rank.  With one cut every such set of blocks is a member, and no two blocks share a
+number: truncated singular value decompositions, one a block, give the nearest member.  Low rank (no blocks), block
+tensor-train and Monarch, tensor-train of two cores and Kronecker products (no blocks, rows and columns from both input
+and output: the rearrangement of Van Loan and Pitsianis) are the same few lines.
+
+With more factors, the right singular vectors are the first factor, and what is left (left vectors times values) is the
+target of the rest of the chain, the bond one more label of its input.  For trains that is within sqrt(cuts) of the best.
+"""
+
+from __future__ import annotations
+
+from structops import _array
+from structops._array import Array
+from structops.chain import Chain, Regroup
+from structops.projection.target import Factors, Target
+
+
+def sequence(target: Target) -> Factors:
+    """Factors in order of application, one axis a label, all but the last with orthonormal rows in every block."""
+    names, size = target.names, target.chain.size
+    tensor, labels = target.tensor, target.labels
+    unused = [label for label in labels if all(label not in name for name in names)]
+    for label in unused:  # a mode that passes through sees one matrix for all its values: their mean is nearest
+        tensor, labels = tensor.mean(labels.index(label)), labels.replace(label, "")
+    factors = []
+    for k, name in enumerate(names[:-1]):
+        later = "".join(names[k + 1 :])
+        blocks, cols, rows, bond = cut(labels, name, later)
+        order = tuple(labels.index(label) for label in blocks + rows + cols)
+        matrix = _array.permute(tensor, order).reshape((size(blocks), size(rows), size(cols)))
+        left, right = truncated(matrix, size(bond))
+        factors.append(_tensor(target, right, blocks + bond + cols, name))
+        tensor, labels = left.reshape(target.chain.shape_of(blocks + rows + bond)), blocks + rows + bond
+    return [*factors, _tensor(target, tensor, labels, names[-1])]
+
+
+def cut(labels: str, name: str, later: str) -> tuple[str, str, str, str]:
+    """Blocks, columns, rows and bond of the cut between a factor and those after it."""
+    blocks = "".join(label for label in labels if label in name and label in later)
+    cols = "".join(label for label in labels if label in name and label not in later)
+    rows = "".join(label for label in labels if label not in name)
+    return blocks, cols, rows, "".join(label for label in name if label not in labels)
+
+
+def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Left vectors times values (blocks, m, rank), and right vectors (blocks, rank, n); zeros beyond the useful rank."""
+    U, S, Vh = _array.namespace(matrix).linalg.svd(matrix, full_matrices=False)
+    left, right = U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :]
+    missing = rank - int(left.shape[-1])
+    if missing > 0:
+        left = _array.pad(left, [(0, 0), (0, missing)])
+        right = _array.pad(right, [(0, missing), (0, 0)])
+    return left, right
+
+
+def left_vectors(matrix: Array, rank: int) -> Array:
+    """The first left singular vectors of stacks of matrices (..., m, n) as (..., m, rank); zeros beyond their number."""
+    U = _array.namespace(matrix).linalg.svd(matrix, full_matrices=False)[0][..., :rank]
+    missing = rank - int(U.shape[-1])
+    return _array.pad(U, [(0, 0), (0, missing)]) if missing > 0 else U
+
+
+def _tensor(target: Target, array: Array, labels: str, name: str) -> Array:
+    """An array whose axes are ``labels`` in the order of a factor."""
+    shaped = array.reshape(target.chain.shape_of(labels))
+    return _array.permute(shaped, tuple(labels.index(label) for label in name))
+
+
+def is_train(chain: Chain) -> bool:
+    """Whether every bond joins two neighbours and every other label lies in neighbouring factors.
+
+    Then orthonormal rows of one factor stay so in all later cuts, and the errors of the cuts add in squares.
+    """
+    names = [step.labels for step in chain.factor_steps]
+    for label in set("".join(names)):
+        places = [k for k, name in enumerate(names) if label in name]
+        is_bond = label not in chain.terms[0] + chain.terms[-1]
+        if places[-1] - places[0] + 1 != len(places) or (is_bond and len(places) != 2):
+            return False
+    return not any(isinstance(step, Regroup) for step in chain.steps)
+
+
+def splits_padding(chain: Chain) -> bool:
+    """Whether the true entries of every block of a two-factor chain are some of its rows times some of its columns.
+
+    Then zeros in place of the padded entries do not move the singular vectors of the true ones.
+    """
+    names = [step.labels for step in chain.factor_steps]
+    if chain.shape == (chain.padded_out, chain.padded_in) or len(names) != 2:
+        return chain.shape == (chain.padded_out, chain.padded_in)
+    for side, true, padded in (
+        (chain.terms[-1], chain.out_features, chain.padded_out),
+        (chain.terms[0], chain.in_features, chain.padded_in),
+    ):
+        inner = [label for label in side if chain.size(label) > 1 and not all(label in name for name in names)]
+        if true != padded and len({label in names[0] for label in inner}) > 1:
+            return False
+    return True
