@@ -107,8 +107,9 @@ def _compiled_einsum(problem: Problem) -> Way:
     try:
         _step(problem, way)()
     except Exception as error:  # whatever a compiler may raise
-        summary = str(error).strip().partition("\n")[0][:200]
-        raise Absent(f"torch.compile failed: {type(error).__name__}: {summary}") from None
+        cause = getattr(error, "inner_exception", error)
+        summary = str(cause).strip().partition("\n")[0][:200]
+        raise Absent(f"torch.compile failed: {type(cause).__name__}: {summary}") from None
     return way
 
 

@@ -72,7 +72,7 @@ def _sheet(title: str, columns: Sequence[str], results: Sequence[Result], cells:
 
 def _glance(results: Sequence[Result], which: str) -> Sheet:
     def cells(r: Result) -> list[str]:
-        other = f"{_number(r.speedup(r.rival))} {r.rival}" if r.rival else ABSENT
+        other = f"{_number(r.speedup(r.rival))} {r.rival.split()[0]}" if r.rival else ABSENT
         return [_number(1e3 * r.ours.median), _number(r.speedup("dense")), other, _percent(r.of_bound), _mac_share(r)]
 
     columns = ("ms", "dense", "best other", "of bound", "MAC share")

@@ -51,8 +51,8 @@ class Result:
     @property
     def rival(self) -> str | None:
         """The fastest other way to compute the structure."""
-        present = [name for name in ALTERNATIVES if name in self.timings]
-        return min(present, key=lambda name: self.timings[name].median, default=None)
+        present = {name: ratio(self.timings[name], self.ours) for name in ALTERNATIVES if name in self.timings}
+        return min(present, key=lambda name: present[name], default=None)
 
     @property
     def bound(self) -> float:

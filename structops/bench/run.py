@@ -98,7 +98,7 @@ def _notes(settings: Settings, machine: dict[str, Any]) -> list[str]:
     if (machine["load"] or 0) > BUSY * machine["cores"]:
         notes.append(
             f"The machine was busy at the start: {machine['load']:.1f} programs were running on {machine['cores']} "
-            "cores. Times of several threads then say little, and ratios not much more."
+            "cores. Times of several threads then say little, and ratios not much more; --threads 1 suffers less."
         )
     if any(name.startswith("jax") for name in settings.contestants) and settings.threads:
         notes.append("JAX takes threads of its own, as many as there are cores; --threads does not limit it.")
