@@ -117,10 +117,12 @@ def product(
     GROUPS: tl.constexpr = (B + TB - 1) // TB
     RANKS: tl.constexpr = (S + TS - 1) // TS
     STEPS: tl.constexpr = (C + TC - 1) // TC * RANKS
-    b0 = tl.program_id(0) % GROUPS * TB
+    COLUMNS: tl.constexpr = (A + TA - 1) // TA * GROUPS
+    column = tl.program_id(0) % COLUMNS
+    b0 = column % GROUPS * TB
     b = b0 + tl.arange(0, TB)
-    a = tl.program_id(0) // GROUPS * TA + tl.arange(0, TA)
-    t = tl.program_id(1) * TT + tl.arange(0, TT)
+    a = column // GROUPS * TA + tl.arange(0, TA)
+    t = tl.program_id(0) // COLUMNS * TT + tl.arange(0, TT)
     k = tl.arange(0, TC * TS)
     total = zeros(TB, TT, TA, FLAT)
     for step in range(STEPS):

@@ -281,10 +281,10 @@ def _run(x: Tensor, first: Tensor, second: Tensor, y: Tensor, sizes: Sizes, tile
     if not tokens:
         return
     t = tiles or tiles_for(sizes, tokens, x.element_size())
-    grid = (-(-sizes.b // t.b) * -(-sizes.a // t.a), -(-tokens // t.tokens))
+    programs = -(-tokens // t.tokens) * -(-sizes.b // t.b) * -(-sizes.a // t.a)
     strides = (x.stride(), first.stride(), second.stride(), y.stride())
     with torch.cuda.device_of(x):
-        _kernels().product[grid](x, first, second, y, tokens, *strides, *_static(sizes, t), **_options(t))
+        _kernels().product[(programs,)](x, first, second, y, tokens, *strides, *_static(sizes, t), **_options(t))
 
 
 def _run_gradient(x: Tensor, first: Tensor, grad: Tensor, out: Tensor, sizes: Sizes, tiles: Tiles | None) -> None:

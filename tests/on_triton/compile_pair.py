@@ -5,42 +5,44 @@ from __future__ import annotations
 import json
 import sys
 
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from structops.torch import triton_kernels
+from structops.torch import triton_kernels, triton_pair
 from structops.torch.pair import Sizes
-from structops.torch.triton_pair import tiles_for
 
-POINTERS = {"x", "first", "second", "y", "grad", "out"}
-STRIDES = {"sx": 3, "sf": 4, "ss": 4, "sy": 3, "sg": 3, "so": 5}
-ALIGNED = [["tt.divisibility", 16]]
+
+class Absent:
+    """A driver for a card that is not there: all that is asked before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # what was compiled for one card is not found for another
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def compiled(name: str, sizes: Sizes, tokens: int, dtype: str, capability: int) -> dict[str, object]:
-    """A kernel for contiguous tensors whose strides are multiples of 16, as those of wide layers."""
-    kernel = getattr(triton_kernels, name)
-    tiles = tiles_for(sizes, tokens, 4 if dtype == "fp32" else 2)
-    static = dict(zip("ABCDS", sizes, strict=True))
-    static |= {"TT": tiles.tokens, "TA": tiles.a, "TB": tiles.b, "TC": tiles.c, "TD": tiles.d, "TS": tiles.s}
-    static["WIDEN"] = False
-    signature, constants, attributes = {}, {}, {}
-    for place, argument in enumerate(kernel.arg_names):
-        if argument in static:
-            signature[argument], constants[(place,)] = "constexpr", static[argument]
-        elif argument in STRIDES:
-            last = STRIDES[argument] - 1
-            signature[argument] = (*["i32"] * last, "constexpr")
-            constants[(place, last)] = 1
-            attributes |= {(place, axis): ALIGNED for axis in range(last)}
-        elif argument in POINTERS:
-            signature[argument], attributes[(place,)] = f"*{dtype}", ALIGNED
-        else:
-            signature[argument] = "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    """One of the kernels, for the layout of a block tensor-train: y is row-major in (a, b)."""
+    driver.set_active(Absent(capability))
+    a, b, c, d, s = sizes
+    shapes = (tokens, c, d), (c, s, b, d), (b, a, c, s), (tokens, a, b)
+    x, first, second, y = (torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes)
+    tiles = triton_pair.tiles_for(sizes, tokens, x.element_size())
+    if name == "product":
+        arguments = [x, first, second, y, tokens, *(tensor.stride() for tensor in (x, first, second, y))]
+    else:
+        sums = second[None].float()
+        arguments = [x, first, y, sums, tokens, 2, *(tensor.stride() for tensor in (x, first, y, sums))]
+    static, options = triton_pair._static(sizes, tiles), triton_pair._options(tiles)
+    binary = getattr(triton_kernels, name).warmup(*arguments, *static, grid=(1, 1, 1), **options)
     code = binary.asm["ptx"]
     return {
         "shared": binary.metadata.shared,

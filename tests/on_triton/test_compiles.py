@@ -30,24 +30,17 @@ def compiled(cases: list[tuple[object, ...]], tmp_path: Path) -> list[dict[str, 
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("fp16", 80), ("fp32", 90)])
+@pytest.mark.parametrize(("dtype", "capability"), [("bfloat16", 90), ("float16", 80), ("float32", 90)])
 def test_kernels_compile_and_fit(dtype, capability, tmp_path):
-    cases = [
-        (name, sizes, tokens, dtype, capability)
-        for name in ("product", "gradient")
-        for sizes in (*WIDE, *MANY)
-        for tokens in (16, 16384)
-    ]
+    cases = [(name, sizes, 16384, dtype, capability) for name in ("product", "gradient") for sizes in (*WIDE, *MANY)]
+    cases += [(name, sizes, 16, dtype, capability) for name in ("product", "gradient") for sizes in (WIDE[0], MANY[1])]
     for case, result in zip(cases, compiled(cases, tmp_path), strict=True):
+        _, sizes, tokens, *_ = case
         assert result["bytes"], case
         assert result["shared"] <= 0.75 * 160 * 1024, (case, result)  # an A100 has 163 KiB, an H100 227
         assert not result["tf32"], case  # float32 is float32
-        if dtype != "fp32":
+        if dtype != "float32":
             assert result["wgmma.mma_async"] or result["mma.sync"], case
-
-
-def test_plain_tiles_become_the_instructions_of_hopper(tmp_path):
-    cases = [(name, sizes, 16384, "bf16", 90) for name in ("product", "gradient") for sizes in WIDE]
-    for case, result in zip(cases, compiled(cases, tmp_path), strict=True):
-        assert result["wgmma.mma_async"], case
-        assert not result["mma.sync"], case
+        if capability == 90 and dtype != "float32" and sizes in WIDE and tokens > 16:  # plain tiles
+            assert result["wgmma.mma_async"], case
+            assert not result["mma.sync"], case

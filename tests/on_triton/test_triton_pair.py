@@ -232,6 +232,21 @@ def test_the_rule_gives_tiles_that_exist_and_fit(sizes, tokens, itemsize):
     assert cache_bytes(sizes, tiles, itemsize) >= itemsize * once * (1 - 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "nanoseconds"),
+    [
+        (Sizes(32, 32, 32, 32, 1), 1.5),
+        (Sizes(32, 32, 32, 32, 4), 3.0),
+        (Sizes(32, 32, 32, 32, 16), 7.5),
+        (Sizes(64, 32, 32, 64, 4), 8.9),
+        (Sizes(256, 4, 4, 256, 64), 4.5),
+    ],
+)
+def test_the_traffic_that_the_docstring_tells(sizes, nanoseconds):
+    """With 5.5 TB/s of cache, at many tokens in 16 bit."""
+    assert cache_bytes(sizes, tiles_for(sizes, 16384, 2), 2) / 5500 == pytest.approx(nanoseconds, abs=0.06)
+
+
 OTHER_TILES = [
     Tiles(tokens=16, a=16, b=16, c=16, d=16, s=1),
     Tiles(tokens=32, a=16, b=1, c=1, d=32, s=16),
@@ -243,7 +258,7 @@ OTHER_TILES = [
 
 @pytest.mark.parametrize("tiles", OTHER_TILES, ids=str)
 def test_other_tiles_give_the_same(tiles, device):
-    check_all(*operands((35, 20, 5, 3, 33, 3), torch.float32, device), tiles=(tiles, tiles))
+    check_all(*operands((20, 20, 5, 3, 18, 3), torch.float32, device), tiles=(tiles, tiles))
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
