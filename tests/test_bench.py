@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -314,7 +317,7 @@ def test_numbers_of_a_report():
     data = json.loads(json.dumps(made.data()))
     assert data["finished"] == "2 of 3"
     assert data["results"][1]["contestants"]["copying"]["ratio"] == 1.25
-    assert data["results"][1]["rival_ratio"] == 1.25
+    assert data["results"][1]["rival_ratio"] == data["results"][1]["rival_ratio_of_best"] == 1.25
     (group,) = data["crossovers"]
     assert (group["over"], group["against"], group["structure"], group["tokens"]) == ("width", "dense", "btt", 10)
     assert group["size"] == pytest.approx(16 * 4 ** (1 / 3))  # a third of the way in the logarithm
@@ -334,7 +337,9 @@ def test_markdown():
         "| btt | 16 | 10 | 1 | 0.5 | 1.5 einsum | 0% | 25% |\n"
         "| btt | 64 | 10 | 2 | 4 | 1.25 copying | 1% | 100% |\n"
     ) in text
-    assert "| best other | 1.38 (1.25 to 1.5) |\n| dense | 2.25 (0.5 to 4) |" in text
+    assert "| best other | 1.38 (1.25 to 1.5) |\n| best other, fastest round | 1.38 (1.25 to 1.5) |\n" in text
+    assert "| dense | 2.25 (0.5 to 4) |" in text
+    assert "| btt | 64 | 10 | 8 / 8 | 2 / 2 | 3 / 3 | 2.5 / 2.5 |" in text
     assert "| btt | forward, float32 | dense | 10 tokens | width 25 |" in text
 
 
@@ -430,6 +435,25 @@ def test_an_interrupt_keeps_what_was_finished(command, monkeypatch, tmp_path):
     assert data["finished"] == "1 of 12"
     assert len(data["results"]) == 1
     assert (tmp_path / "bench.md").exists()
+
+
+def test_an_interrupt_that_a_library_swallows_ends_the_run_after_the_case(command, monkeypatch):
+    real = run.run_case
+
+    def swallowing(case, *rest):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(case, *rest)
+
+    monkeypatch.setattr(run, "run_case", swallowing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore interrupts
+    try:
+        done, data = command(*TINY, *FAST)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.exit_code == 130
+    assert data["finished"] == "1 of 12"
 
 
 def test_a_wrong_contestant_ends_the_command(command, monkeypatch):

@@ -235,4 +235,5 @@ def check_device(device: str) -> None:
 
 def waiting(device: str) -> Callable[[], Any]:
     """What waits until a device has finished; nothing for the CPU."""
-    return (lambda: None) if torch.device(device).type == "cpu" else torch.accelerator.synchronize
+    on = torch.device(device)
+    return (lambda: None) if on.type == "cpu" else lambda: torch.accelerator.synchronize(on)

@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from structops.bench.cases import CONTESTANTS, OURS
+from structops.bench.clock import Timing
 from structops.bench.results import Report, Result, crossovers
 
 ABSENT = "–"
@@ -48,9 +50,9 @@ def overview(report: Report) -> list[Sheet]:
 
 
 def details(report: Report) -> list[Sheet]:
-    """Two tables a pass and number format: all contestants, and what the machine allows."""
-    passes = _passes(report.results)
-    return [sheet for which, results in passes for sheet in (_times(results, which), _limits(results, which))]
+    """Three tables a pass and number format: ratios and times of all contestants, and what the machine allows."""
+    tables = (_ratios, _times, _limits)
+    return [table(results, which) for which, results in _passes(report.results) for table in tables]
 
 
 def _passes(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
@@ -79,14 +81,25 @@ def _glance(results: Sequence[Result], which: str) -> Sheet:
     return _sheet(f"{which}: time of structops, and of others relative to it", columns, results, cells)
 
 
+def _present(results: Sequence[Result]) -> list[str]:
+    """The contestants of a table."""
+    return [name for name in CONTESTANTS if any(name in r.timings for r in results)]
+
+
+def _ratios(results: Sequence[Result], which: str) -> Sheet:
+    others = [name for name in _present(results) if name != OURS]
+    title = f"{which}: times relative to structops"
+    return _sheet(title, others, results, lambda r: [_number(r.speedup(name)) for name in others])
+
+
 def _times(results: Sequence[Result], which: str) -> Sheet:
-    others = [name for name in CONTESTANTS if name != OURS and any(name in r.timings for r in results)]
-    return _sheet(
-        f"{which}: all contestants",
-        ("structops, ms", *others),
-        results,
-        lambda r: [_number(1e3 * r.ours.median), *(_number(r.speedup(name)) for name in others)],
-    )
+    names = _present(results)
+    title = f"{which}: milliseconds, median / best"
+    return _sheet(title, names, results, lambda r: [_milliseconds(r.timings.get(name)) for name in names])
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    return ABSENT if timing is None else f"{_number(1e3 * timing.median)} / {_number(1e3 * timing.best)}"
 
 
 def _limits(results: Sequence[Result], which: str) -> Sheet:
@@ -112,13 +125,15 @@ def _limits(results: Sequence[Result], which: str) -> Sheet:
 def _summary(results: Sequence[Result]) -> Sheet:
     """Over all cases of a pass: the time of every contestant relative to ours, in the middle and at both ends."""
     passes = _passes(results)
-    rows = []
-    for name in ("best other", *(name for name in CONTESTANTS if name != OURS)):
-        ratios = [[r.speedup(r.rival if name == "best other" else name) for r in members] for _, members in passes]
-        if any(ratio is not None for column in ratios for ratio in column):
-            rows.append((name, *map(_spread, ratios)))
+    rows: dict[str, Callable[[Result], float | None]] = {
+        "best other": lambda r: r.speedup(r.rival),
+        "best other, fastest round": lambda r: r.best_rival_speedup,
+    }
+    rows |= {name: partial(Result.speedup, name=name) for name in _present(results) if name != OURS}
+    cells = {name: [_spread([ratio(r) for r in members]) for _, members in passes] for name, ratio in rows.items()}
     columns = ("time relative to structops", *(which for which, _ in passes))
-    return Sheet("Over all cases: median (least to most)", columns, tuple(rows))
+    shown = tuple((name, *spreads) for name, spreads in cells.items() if set(spreads) != {ABSENT})
+    return Sheet("Over all cases: median (least to most)", columns, shown)
 
 
 def _spread(ratios: Sequence[float | None]) -> str:

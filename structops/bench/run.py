@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,7 +45,8 @@ def bench(settings: Settings, machine: dict[str, Any], console: Console) -> Iter
     cases, skipped = cases_of(settings)
     check_device(settings.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with _threads(settings.threads), Progress(*columns, console=console, transient=True) as progress:
+    show = Progress(*columns, console=console, transient=True)
+    with _threads(settings.threads), _interrupts() as interrupts, show as progress:
         report = Report(settings, {**machine, **_torch_machine(settings.device)}, len(cases), skipped)
         report.notes += _notes(settings, report.machine)
         bar = progress.add_task("ceilings", total=len(cases))
@@ -53,6 +57,8 @@ def bench(settings: Settings, machine: dict[str, Any], console: Console) -> Iter
             report.results.append(run_case(case, settings, report.ceilings[case.dtype]))
             progress.advance(bar)
             yield report
+            if interrupts:
+                raise KeyboardInterrupt
 
 
 def run_case(case: Case, settings: Settings, limits: Ceilings) -> Result:
@@ -103,6 +109,25 @@ def _notes(settings: Settings, machine: dict[str, Any]) -> list[str]:
     if any(name.startswith("jax") for name in settings.contestants) and settings.threads:
         notes.append("JAX takes threads of its own, as many as there are cores; --threads does not limit it.")
     return notes
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts so far: one that comes while JAX is called by the garbage collector raises nothing."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield seen  # others see to interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # -------------------------------------------------------------------------------------------------------- the machine
