@@ -252,8 +252,8 @@ def test_what_cannot_take_part_is_named(monkeypatch):
     assert [c.name for c in present] == ["structops", "dense", "einsum", "copying"]
     assert absent == {
         "compiled einsum": "torch.compile failed: RuntimeError: no g++",
-        "jax": "JAX is not installed",
-        "jax einsum": "JAX is not installed",
+        "jax": "JAX is not installed, or Flax is not",
+        "jax einsum": "JAX is not installed, or Flax is not",
     }
     present, absent = run._contestants(case_of("toeplitz", 16, which="forward"), settings)
     assert [c.name for c in present] == ["structops", "dense", "merged"]

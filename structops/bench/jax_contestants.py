@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from structops.bench.cases import Case
 from structops.bench.contestant import Absent, Contestant, sample
 from structops.bench.equations import equations
 from structops.chain import Chain
 from structops.contract import store, unstore
+from structops.errors import StructureWarning
+from structops.jax import StructuredLinear
 
 Product = Callable[[list[Any], Any], Any]  # of parameters and x
 
 
 def jax_contestant(name: str, case: Case, numbers: Sequence[np.ndarray]) -> Contestant:
-    """``jax``: what a layer computes; ``jax einsum``: an einsum a factor.
+    """``jax``: our layer; ``jax einsum``: an einsum a factor.
 
     Args:
         name: Which of the two.
@@ -32,9 +36,10 @@ def jax_contestant(name: str, case: Case, numbers: Sequence[np.ndarray]) -> Cont
     """
     device = _device(case)
     x, cotangent, *factors = (jax.device_put(jnp.asarray(array, dtype=case.dtype), device) for array in numbers)
-    product: Product = case.plan.apply
     stored: Callable[[Sequence[Any]], Sequence[Any]] = list
-    if name == "jax einsum":
+    if name == "jax":
+        product = layer_product(case)
+    else:
         chain = case.chain
         if chain is None:
             raise Absent("the structure is no chain of factors")
@@ -51,6 +56,17 @@ def jax_contestant(name: str, case: Case, numbers: Sequence[np.ndarray]) -> Cont
         return {what: _numpy(array) for what, array in found.items()}
 
     return Contestant(name, run, results, dict)
+
+
+def layer_product(case: Case) -> Product:
+    """The layer as a function of its factors and x."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StructureWarning)  # the case has it
+        sizes = (case.in_features, case.out_features)
+        layer = StructuredLinear(*sizes, case.structure, bias=False, dtype=case.dtype, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    leaves = jax.tree.structure(state)
+    return lambda factors, x: nnx.merge(graph, jax.tree.unflatten(leaves, factors))(x)
 
 
 def einsum_product(chain: Chain, tokens: int) -> Product:

@@ -22,7 +22,7 @@ LEGEND = (
     "dense: `torch.nn.Linear` of the same size. einsum: an einsum a factor, on arrays with an axis a label; compiled "
     "einsum: the same under `torch.compile`. copying: batched products with a transposing copy between them, as in the "
     "research codes. merged: the dense matrix made in advance, forward only; it computes what dense computes, so the "
-    "difference between the two is noise. jax, jax einsum: the layer's product and the einsums under `jax.jit`.",
+    "difference between the two is noise. jax, jax einsum: the layer of structops and the einsums under `jax.jit`.",
     "train: forward and backward, with the gradient of the input. All contestants get the same numbers, and agree.",
     "bound: the roofline max(operations / matmul ceiling, bytes / bandwidth ceiling) of products without copies, which "
     "read the input and write the output once, write and read what lies between factors, and read the parameters; in "

@@ -91,8 +91,8 @@ def _contestants(case: Case, settings: Settings) -> tuple[list[Contestant], dict
 def _contestant(name: str, problem: Problem) -> Contestant:
     if name in WAYS:
         return torch_contestant(name, problem)
-    if find_spec("jax") is None:
-        raise Absent("JAX is not installed")
+    if find_spec("jax") is None or find_spec("flax") is None:
+        raise Absent("JAX is not installed, or Flax is not")
     from structops.bench.jax_contestants import jax_contestant
 
     return jax_contestant(name, problem.case, problem.numbers())
