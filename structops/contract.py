@@ -49,7 +49,7 @@ def products(moves: Sequence[Move], factors: Sequence[Array], x: Array) -> Array
     state, remaining = x, iter(factors)
     for move in moves:
         state = permute(state.reshape(move.state), move.axes)
-        if len(move.matrix) != len(move.axes):  # else every axis is one label already
+        if move.joins:
             state = state.reshape(move.matrix)
         if move.factor:
             factor = next(remaining)

@@ -87,10 +87,8 @@ def merge(chain: Chain, groups: Groups) -> Merged:
     for start, end in reversed(groups):  # from behind, so that the places before stay what they are
         if places[end - 1] - places[start] > end - 1 - start:
             raise PatternError(f"{chain}: a regroup lies between the factors {start} and {end - 1}")
-        steps = chain.factor_steps[start:end]
-        inner = set("".join(s.emitted for s in steps)) & set("".join(s.contracted for s in steps))
-        labels = dict.fromkeys(label for step in steps for label in step.labels if label not in inner)
-        terms[places[start] : places[end - 1] + 1] = ["".join(labels)]
+        if end - start > 1:
+            terms[places[start] : places[end - 1] + 1] = [_product_term(chain, start, end)]
     merged = Chain(", ".join(terms[:-1]) + " -> " + terms[-1], chain.sizes, chain.in_features, chain.out_features)
     stored = ["".join((step.batch, step.emitted, step.contracted)) for step in chain.factor_steps]
     equations = tuple(
@@ -98,6 +96,18 @@ def merge(chain: Chain, groups: Groups) -> Merged:
         for (start, end), step in zip(groups, merged.factor_steps, strict=True)
     )
     return Merged(merged, groups, equations, tuple(chain.shape_of(labels) for labels in stored))
+
+
+def _product_term(chain: Chain, start: int, end: int) -> str:
+    """Labels of the product of neighbouring factors.
+
+    They are in the order of output and input, so that one factor for all of the chain is the dense matrix as it stands.
+    """
+    steps = chain.factor_steps[start:end]
+    labels = "".join(step.labels for step in steps)
+    inner = set("".join(step.emitted for step in steps)) & set("".join(step.contracted for step in steps))
+    ordered = dict.fromkeys(chain.terms[-1] + chain.terms[0] + labels)
+    return "".join(label for label in ordered if label in labels and label not in inner)
 
 
 @cache
@@ -133,16 +143,12 @@ def _costs(chain: Chain, machine: Machine) -> dict[tuple[int, int], tuple[float,
             f = merged.chain.factors[start]
             slow = 1 + machine.side / f.fan_in + machine.side / f.fan_out
             per_token = slow * f.macs + machine.move * f.blocks * f.fan_out * f.sharing
-            once = sum(chain.size(_union(chain, start, k)) for k in range(start + 1, end))
+            products = [
+                set(_product_term(chain, start, k)) | set(chain.factor_steps[k].labels) for k in range(start + 1, end)
+            ]
+            once = sum(chain.size("".join(labels)) for labels in products)
             costs[start, end] = (once * slow + machine.call * (1 + 3 * (end - start - 1)), per_token)
     return costs
-
-
-def _union(chain: Chain, start: int, end: int) -> str:
-    """Labels over which the product of factors ``start`` to before ``end`` and factor ``end`` runs."""
-    steps = chain.factor_steps
-    inner = set("".join(s.emitted for s in steps[start:end])) & set("".join(s.contracted for s in steps[start:end]))
-    return "".join({label for step in steps[start : end + 1] for label in step.labels} - inner)
 
 
 def _cheapest(count: int, price: dict[tuple[int, int], float]) -> Groups:

@@ -38,6 +38,7 @@ class Move:
         factor: Shape of the factor, with as many axes as the operand; empty for no product.
         is_last: Whether this is the last product.
         repeats: Above 1, the one block of the factor multiplies so many matrices of shared labels, one by one.
+        joins: Whether an axis of the operand is not simply one label.
         copies: Whether the permuted state is copied, since no strides describe it as such a matrix.
     """
 
@@ -47,6 +48,7 @@ class Move:
     factor: tuple[int, ...] = ()
     is_last: bool = False
     repeats: int = 1
+    joins: bool = True
     copies: bool = False
 
 
@@ -86,7 +88,8 @@ def _operand(order: str, step: Step, size: Mapping[str, int]) -> tuple[str, str,
     shared = "".join(label for label in order if label in step.shared)
     choices = [(batch, contracted, shared + TOKENS)]
     if shared and not batch:
-        ahead = "".join(label for label in shared if order[0] == TOKENS or label in order.partition(contracted[:1])[0])
+        start = order.index(contracted[0]) if contracted else 0
+        ahead = "".join(label for label in shared if order[0] == TOKENS or order.index(label) < start)
         choices.append((ahead, contracted, shared[len(ahead) :] + TOKENS))
     return next((choice for choice in choices if _is_view(order, choice)), choices[0])
 
@@ -110,6 +113,7 @@ def _product(order: str, step: Step, groups: tuple[str, str, str], is_last: bool
         factor=(blocks, rows, columns) if ahead > 1 else (rows, columns),
         is_last=is_last,
         repeats=ahead // blocks,
+        joins=not len(batch) <= len(contracted) == len(kept) == 1,
         copies=not _is_view(order, groups),
     )
 
@@ -117,7 +121,9 @@ def _product(order: str, step: Step, groups: tuple[str, str, str], is_last: bool
 def _reread(order: str, target: str, size: Mapping[str, int]) -> Move:
     """Bring the state into another order, tokens first, and flatten it."""
     axes = tuple(order.index(label) for label in target)
-    return Move(_shape(order, size), axes, (-1, _size(target[1:], size)), copies=order != target)
+    return Move(
+        _shape(order, size), axes, (-1, _size(target[1:], size)), joins=len(target) != 2, copies=order != target
+    )
 
 
 def _long(labels: str, size: Mapping[str, int]) -> str:

@@ -5,6 +5,8 @@ try:
 except ImportError as error:
     raise ImportError("structops.torch needs PyTorch: pip install 'structops[torch]'") from error
 
+from structops.torch.chunks import Tuning as Tuning
+from structops.torch.chunks import tuning as tuning
 from structops.torch.coord_check import coord_check as coord_check
 from structops.torch.coord_report import CoordReport as CoordReport
 from structops.torch.groups import param_groups as param_groups

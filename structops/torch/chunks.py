@@ -28,11 +28,13 @@ class Tuning:
     Attributes:
         chunk_bytes: Bytes that intermediates and outputs of one chunk may have on a CPU: about the last cache.
         chunk_tokens: Most tokens of a chunk on a CPU.
+        least_tokens: Fewest tokens of a chunk, whatever their bytes.
         kernel_numbers: Tokens times numbers between the factors from which chunks pay for the overhead of calling them.
     """
 
     chunk_bytes: int = 32 * 2**20
     chunk_tokens: int = 1023
+    least_tokens: int = 63
     kernel_numbers: int = 2**16
 
 
@@ -63,20 +65,19 @@ class ChunkedChain:
     """The products of a chain, forward and backward, over chunks of the rows of x.
 
     Args:
-        chain: A chain without padding and without regroups that cost a copy; see `supports`.
+        chain: A chain without regroups that cost a copy; see `supports`.  Padding is not its business.
     """
 
     def __init__(self, chain: Chain) -> None:
-        self.chain, self.out_features = chain, chain.out_features
+        self.chain, self.out_features = chain, chain.padded_out
         *self.products, self.output = chain.moves
         self.widths = chain.intermediate_widths
         self.kept = sum(self.widths)
 
     @staticmethod
     def supports(chain: Chain) -> bool:
-        """Whether every move but the last is a product, and nothing is padded."""
-        padded = (chain.padded_out, chain.padded_in) != chain.shape
-        return not padded and all(move.factor for move in chain.moves[:-1])
+        """Whether every move but the last is a product."""
+        return all(move.factor for move in chain.moves[:-1])
 
     def forward(self, x: Tensor, factors: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
         """The product with every row of x (tokens, in_features).
@@ -205,7 +206,7 @@ class ChunkedChain:
         if x.device.type != "cpu":
             return [(0, x.shape[0])]
         numbers = (self.kept + self.out_features) * x.element_size()
-        return chunks(x.shape[0], max(63, min(tuning.chunk_tokens, tuning.chunk_bytes // numbers)))
+        return chunks(x.shape[0], max(tuning.least_tokens, min(tuning.chunk_tokens, tuning.chunk_bytes // numbers)))
 
 
 class _Total:

@@ -120,6 +120,20 @@ class StructuredLinear(nn.Module):
         """
         return self.plan.operator(self.effective_factors())
 
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A dense layer with the same function, in new memory: for few tokens, or widths at which dense is faster.
+
+        `structops bench` measures from where on that is.
+        """
+        weight = self.operator().to_dense()
+        bias = self.bias is not None
+        dense = nn.Linear(self.in_features, self.out_features, bias, device=weight.device, dtype=weight.dtype)
+        dense.weight.copy_(weight)
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
     def extra_repr(self) -> str:
         """Sizes, structure and the ratio of parameters to a dense layer."""
         ratio = self.plan.num_params / (self.in_features * self.out_features)

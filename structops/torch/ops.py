@@ -23,8 +23,8 @@ _BACKWARD = "(Tensor grad, Tensor x, Tensor kept, Tensor[] factors, str chain, b
 
 
 def to_text(chain: Chain) -> str:
-    """A chain as text, so that graphs and exported programs hold all they need: ``"cd, bd, ac -> ab; a=2, b=3, ..."``."""
-    return f"{chain.pattern}; " + ", ".join(f"{label}={size}" for label, size in chain.sizes)
+    """A chain as text, ``"cd, bd, ac -> ab; a=2, b=3, ..."``: graphs and exported programs hold all they need."""
+    return f"{chain.pattern}; " + ", ".join(f"{label}={size}" for label, size in dict(chain.sizes).items())
 
 
 @cache

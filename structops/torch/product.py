@@ -48,10 +48,10 @@ class Product:
         ways = self.on_cpu if x.device.type == "cpu" else self.on_gpu
         if not ways:
             return self.plan.product(factors, x)
-        if len(ways) > 1:
-            tokens = x.numel() // self.in_features
-            return next(way for least, way in ways if tokens >= least)(factors, x)
-        return ways[0][1](factors, x)
+        if len(ways) == 1 or torch.compiler.is_exporting():  # an exported program is for any number of tokens
+            return ways[-1][1](factors, x)
+        tokens = x.numel() // self.in_features
+        return next(way for least, way in ways if tokens >= least)(factors, x)
 
 
 class Way:
@@ -74,15 +74,16 @@ class Way:
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The product with x (..., in_features), which is not checked."""
         if self.merged is not None:
             factors = self.merged.factors(factors)
         if self.padding:
             x = pad(x, [(0, self.padding)])
         if self.text and self._is_large(factors, x):
-            keep = not self.recompute and torch.is_grad_enabled()
+            learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
             rows = x.reshape(-1, x.shape[-1])
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            y = chain_product(rows, factors, self.text, keep)[0]
+            y = chain_product(rows, factors, self.text, learns and not self.recompute)[0]
         else:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:
@@ -91,16 +92,17 @@ class Way:
 
     def _is_large(self, factors: Sequence[Tensor], x: Tensor) -> bool:
         """Whether chunks pay, and nothing but the values and gradients of plain tensors is asked for."""
-        if x.numel() // x.shape[-1] * self.numbers < tuning.kernel_numbers or x.dtype not in _CHUNKED:
+        if x.dtype not in _CHUNKED:
             return False
-        tensors = (x, *factors)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if not autocast and any(tensor.dtype != x.dtype for tensor in factors):
+        if not torch.compiler.is_exporting() and x.numel() // x.shape[-1] * self.numbers < tuning.kernel_numbers:
+            return False
+        mixed = any(factor.dtype != x.dtype for factor in factors)
+        if mixed and not (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)):
             return False
         if torch.compiler.is_compiling():
             return True
         forward_mode = torch.autograd.forward_ad._current_level >= 0
         return not forward_mode and all(
             type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            for tensor in tensors
+            for tensor in (x, *factors)
         )
