@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from structops._array import real_of
+from structops.jax.product import product
 from structops.mup import init_stds
 from structops.normalise import check_weight_norm, rms_cap, rms_caps
 from structops.operator import StructuredOperator
@@ -85,7 +86,7 @@ class StructuredLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``A x + bias`` for x of shape (..., in_features)."""
-        y = self.plan.apply(self.effective_factors(), x)
+        y = product(self.plan, self.effective_factors(), x)
         return y if self.bias is None else y + self.bias[...]
 
     def effective_factors(self) -> list[jax.Array]:
