@@ -30,12 +30,15 @@ class Tuning:
         chunk_tokens: Most tokens of a chunk on a CPU.
         least_tokens: Fewest tokens of a chunk, whatever their bytes.
         kernel_numbers: Tokens times numbers between the factors from which chunks pay for the overhead of calling them.
+        fused: Whether pairs of factors on a GPU run as one Triton kernel.  Off, since it was not measured yet; see
+            docs/speed.md for where the roofline says that it should win.
     """
 
     chunk_bytes: int = 32 * 2**20
     chunk_tokens: int = 1023
     least_tokens: int = 63
     kernel_numbers: int = 2**16
+    fused: bool = False
 
 
 tuning = Tuning()

@@ -17,21 +17,32 @@ from torch import Tensor
 from structops.chain import Chain
 from structops.contract import contract
 from structops.torch.chunks import ChunkedChain
+from structops.torch.fused import FusedPair
 
 _FORWARD = "(Tensor x, Tensor[] factors, str chain, bool keep) -> (Tensor, Tensor)"
 _BACKWARD = "(Tensor grad, Tensor x, Tensor kept, Tensor[] factors, str chain, bool[] needed) -> Tensor[]"
 
 
-def to_text(chain: Chain) -> str:
-    """A chain as text, ``"cd, bd, ac -> ab; a=2, b=3, ..."``: graphs and exported programs hold all they need."""
-    return f"{chain.pattern}; " + ", ".join(f"{label}={size}" for label, size in dict(chain.sizes).items())
+_FUSED = "; fused"
+
+
+def to_text(chain: Chain, fused: bool = False) -> str:
+    """A chain, and how to run it, as text: graphs and exported programs hold all they need.
+
+    Example:
+        >>> to_text(Chain("cd, bd, ac -> ab", dict(a=2, b=3, c=4, d=5)))
+        'cd, bd, ac -> ab; a=2, b=3, c=4, d=5'
+    """
+    sizes = ", ".join(f"{label}={size}" for label, size in dict(chain.sizes).items())
+    return f"{chain.pattern}; {sizes}{_FUSED if fused else ''}"
 
 
 @cache
-def from_text(text: str) -> ChunkedChain:
+def from_text(text: str) -> ChunkedChain | FusedPair:
     """The chain of a text, ready to run; derived once."""
-    pattern, _, sizes = text.partition("; ")
-    return ChunkedChain(Chain(pattern, {label: int(size) for label, size in re.findall(r"(\w)=(\d+)", sizes)}))
+    pattern, sizes, *fused = text.split("; ")
+    chain = Chain(pattern, {label: int(size) for label, size in re.findall(r"(\w)=(\d+)", sizes)})
+    return FusedPair(chain) if fused else ChunkedChain(chain)
 
 
 @torch.library.custom_op("structops::chain_product", mutates_args=(), schema=_FORWARD)

@@ -45,6 +45,10 @@ class View:
         """The view."""
         return tensor.view(tensor.shape[: len(self.axes) - len(self.shape)] + self.shape).permute(self.axes)
 
+    def back(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of this shape that is seen like that."""
+        return view.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(shape)
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -14,6 +14,8 @@ from structops.merging import CPU, GPU, Merged, plans
 from structops.spec import ChainPlan, Plan
 from structops.torch.chunks import ChunkedChain, tuning
 from structops.torch.ops import chain_product, to_text
+from structops.torch.pair import pair_of
+from structops.torch.triton_pair import runs_here
 
 _CHUNKED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -71,6 +73,7 @@ class Way:
         # What is chunked pays for copies and intermediates with its overhead; without copies there is nothing to win.
         moved = any(move.copies for move in chain.moves) and ChunkedChain.supports(chain)
         self.text = to_text(chain) if moved else ""
+        self.fused_text = to_text(chain, fused=True) if moved and pair_of(chain) is not None else ""
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -83,7 +86,10 @@ class Way:
             learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
             rows = x.reshape(-1, x.shape[-1])
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            y = chain_product(rows, factors, self.text, learns and not self.recompute)[0]
+            if tuning.fused and self.fused_text and runs_here(x):
+                y = chain_product(rows, factors, self.fused_text, False)[0]
+            else:
+                y = chain_product(rows, factors, self.text, learns and not self.recompute)[0]
         else:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:

@@ -159,6 +159,11 @@ def available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_here(x: Tensor) -> bool:
+    """Whether the kernels can run on tensors of this dtype and device."""
+    return x.dtype in DTYPES and (x.device.type == "cuda" or _interprets()) and available()
+
+
 def fused_pair(
     x: Tensor, first: Tensor, second: Tensor, *, out: Tensor | None = None, tiles: Tiles | None = None
 ) -> Tensor:
