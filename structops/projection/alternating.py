@@ -18,7 +18,7 @@ from structops import _array
 from structops._array import Array
 from structops.errors import StructureError
 from structops.projection.solving import positive_inverse
-from structops.projection.target import Factors, Target, contract, passing_labels, primed
+from structops.projection.target import Factors, Target, contract, ordered, passing_labels, primed
 
 JOINT = 1024  # unknowns that are solved for together
 MOST = 8192
@@ -26,45 +26,48 @@ TOLERANCE = 1e-5  # of the error that a sweep must take away for another to foll
 
 
 def refined(target: Target, factors: Sequence[Array], sweeps: int) -> Factors:
-    """Factors after some sweeps over all of them, or fewer where a sweep no longer helps."""
-    factors = list(factors)
-    left = target.loss(factors)
+    """Factors after some sweeps over all of them, or fewer where a sweep no longer helps.
+
+    After each sweep all factors go on in the direction in which they went, further if that helped the last time, and
+    come back if it did not.  That saves more than half of the sweeps.
+    """
+    factors, stride, left = list(factors), 1.0, target.loss(factors)
     for _ in range(sweeps):
-        gains = []
+        start, before = list(factors), left
         for k in range(len(factors)):
-            factors[k], gain = _improved(target, factors, k)
-            gains.append(gain)
-        gain = sum(gains[1:], gains[0])
-        left = left - gain
-        if has_converged(gain, left, target.total):
+            factors[k] = _improved(target, factors, k)
+        left = target.loss(factors)
+        if has_converged(before, left, target.total):
             break
+        if len(factors) > 1 and _array.is_concrete(left):
+            further = [new + stride * (new - old) for new, old in zip(factors, start, strict=True)]
+            reached = target.loss(further)
+            helped = bool(reached < left)
+            factors, left = (further, reached) if helped else (factors, left)
+            stride = 1.5 * stride if helped else max(stride / 3, 0.5)
     return factors
 
 
-def has_converged(gain: Array, left: Array, total: Array) -> bool:
-    """Whether a sweep that lowered the squared error by ``gain`` to ``left`` of ``total`` was the last that helps."""
-    eps = float(_array.namespace(left).finfo(left.dtype).eps)
-    return _array.is_concrete(gain) and bool(gain <= TOLERANCE * abs(left) + eps * total)
+def has_converged(before: Array, after: Array, total: Array) -> bool:
+    """Whether a sweep that took the squared error from ``before`` to ``after`` was the last that helps."""
+    eps = float(_array.namespace(after).finfo(after.dtype).eps)
+    return _array.is_concrete(after) and bool(before - after <= TOLERANCE * after + eps * total)
 
 
-def _improved(target: Target, factors: Sequence[Array], k: int) -> tuple[Array, Array]:
-    """Factor k, corrected, and by how much that lowers the squared error (at least, where something is padded)."""
-    problem = _Problem(target, factors, k)
-    name, shape = target.names[k], factors[k].shape
+def _improved(target: Target, factors: Sequence[Array], k: int) -> Array:
+    """Factor k, corrected."""
+    problem, name = _Problem(target, factors, k), target.names[k]
     step = target.descent(factors)
     if not problem.turns:
-        change, gain = problem.correction(step, {})
-        return factors[k] + _array.permute(change, tuple(problem.unknown_order.index(n) for n in name)), gain
-    changes, gain = [], 0
+        return factors[k] + ordered(problem.correction(step, {}), problem.axes, name)
+    changes = []
     for values in problem.values():
-        change, more = problem.correction(step, values)
+        change = problem.correction(step, values)
         step = step - problem.consequence(change, values)
         changes.append(change)
-        gain = gain + more
-    xp = _array.namespace(step)
-    stacked = xp.stack(changes).reshape((*target.chain.shape_of(problem.turns), *changes[0].shape))
-    order = problem.turns + problem.unknown_order
-    return factors[k] + _array.permute(stacked, tuple(order.index(n) for n in name)).reshape(shape), gain
+    stacked = _array.namespace(step).stack(changes)
+    stacked = stacked.reshape((*target.chain.shape_of(problem.turns), *changes[0].shape))
+    return factors[k] + ordered(stacked, problem.turns + problem.axes, name)
 
 
 class _Problem:
@@ -108,7 +111,7 @@ class _Problem:
             )
 
     @property
-    def unknown_order(self) -> str:
+    def axes(self) -> str:
         """The axes of a correction."""
         return self.free + self.unknown
 
@@ -117,25 +120,21 @@ class _Problem:
         for indices in tuples(*(range(n) for n in self.target.chain.shape_of(self.turns))):
             yield dict(zip(self.turns, indices, strict=True))
 
-    def correction(self, step: Array, values: Mapping[str, int]) -> tuple[Array, Array]:
-        """The change of the factor, axes ``unknown_order``, and the gain."""
+    def correction(self, step: Array, values: Mapping[str, int]) -> Array:
+        """The change of the factor at these values of the labels that take turns."""
         xp, labels = _array.namespace(step), self.target.labels
         around, rest = _at(self.around, self.rest, values)
         here, local = _at(labels, step, values)
-        right = contract([(around, xp.conj(rest)), (here, local)], self.unknown_order)
+        right = contract([(around, xp.conj(rest)), (here, local)], self.axes)
         size = self.target.chain.size
         if self.target.covariance is not None and self.splits:
-            change = self._split(around, rest, right, values)
-        else:
-            gram_free, gram = self._gram(around, rest, values)
-            order = gram_free + "".join(n for n in self.free if n not in gram_free) + self.unknown
-            moved = _array.permute(right, tuple(self.unknown_order.index(n) for n in order))
-            flat = moved.reshape((size(gram_free), -1, size(self.unknown)))
-            solved = flat @ positive_inverse(gram.reshape((size(gram_free), *(size(self.unknown),) * 2))).mT
-            solved = solved.reshape(moved.shape)
-            change = _array.permute(solved, tuple(order.index(n) for n in self.unknown_order))
-        gain = (xp.conj(change) * right).sum()
-        return change, gain.real if _array.is_complex(gain.dtype) else gain
+            return self._split(around, rest, right, values)
+        same, gram = self._gram(around, rest, values)
+        order = same + "".join(n for n in self.free if n not in same) + self.unknown
+        moved = ordered(right, self.axes, order)
+        flat = moved.reshape((size(same), -1, size(self.unknown)))
+        solved = flat @ positive_inverse(gram.reshape((size(same), *(size(self.unknown),) * 2))).mT
+        return ordered(solved.reshape(moved.shape), order, self.axes)
 
     def _gram(self, around: str, rest: Array, values: Mapping[str, int]) -> tuple[str, Array]:
         """The matrix of the normal equations and the free labels that it depends on; its axes: those, rows, columns."""
@@ -170,8 +169,7 @@ class _Problem:
         solved = contract(
             [(free + primed(inner) + inner, bonds), (names, inputs), (self.free + self.own + inner, right)], back
         )
-        order = self.free + self.own + inner
-        return _array.permute(solved, tuple(order.index(n) for n in self.unknown_order))
+        return ordered(solved, self.free + self.own + inner, self.axes)
 
     def consequence(self, change: Array, values: Mapping[str, int]) -> Array:
         """What the descent loses when the factor changes at these values of the labels that take turns."""
@@ -179,7 +177,7 @@ class _Problem:
         target = self.target
         spread = target.covariance
         labels = "".join(n for n in target.labels if n not in values)
-        moved = contract([(self.unknown_order, change), (around, rest)], labels)
+        moved = contract([(self.axes, change), (around, rest)], labels)
         columns = "".join(n for n in target.labels if n not in target.chain.terms[-1])
         names, local = _at(self.passing + columns + primed(columns), spread, values)
         lost = contract([(labels, moved), (names, local)], target.chain.terms[-1] + primed(columns))

@@ -98,7 +98,7 @@ def fit_convolution(plan: ConvolutionPlan, W: Array, options: Options) -> Found:
         size = c_in * len(seen)
         matrix = _array.permute(stacked, (2, 0, 3, 1)).reshape((size, size))
         left = _gathered((W - plan.operator([kernel]).to_dense()) @ covariance, plan, seen, mean=False)
-        kernel = kernel + left.reshape((c_out, size)) @ positive_inverse(matrix)
+        kernel = kernel + (left.reshape((c_out, size)) @ positive_inverse(matrix)).reshape(kernel.shape)
     return (MEANS if covariance is None else REGRESSED).having([kernel.reshape((1, c_out, -1))])
 
 

@@ -19,7 +19,7 @@ from structops.chain import Chain
 from structops.projection import factoring
 from structops.projection.alternating import has_converged
 from structops.projection.solving import positive_inverse, root_and_inverse
-from structops.projection.target import Factors, Target, column_labels, contract, passing_labels, primed
+from structops.projection.target import Factors, Target, column_labels, contract, ordered, passing_labels, primed
 
 # Axes here: p labels of both input and output, o blocks of outputs, c blocks of inputs, a rows, d columns, s bond.
 
@@ -61,13 +61,16 @@ def swept(target: Target, factors: Factors, sweeps: int, live: Array | None, blo
         blocks: The labels of the axes of ``live``.
     """
     state = _Sweep(target, factors, live, blocks)
+    if state.count == 1:
+        state.one_block(0)
+        return state.factors()
     left = target.loss(factors)
-    for _ in range(1 if state.count == 1 else sweeps):
-        gain = 0 * left if state.count == 1 else state.all_left()
+    for _ in range(sweeps):
+        state.all_left()
         for j in range(state.count):
-            gain = gain + state.one_block(j)
-        left = left - gain
-        if has_converged(gain, left, target.total):
+            state.one_block(j)
+        before, left = left, target.loss(state.factors())
+        if has_converged(before, left, target.total):
             break
     return state.factors()
 
@@ -95,22 +98,22 @@ class _Sweep:
         self.live = None if live is None else self._columns(live, blocks + s, (o, s))
         self.D = [W - L @ R for W, L, R in zip(self.W, self.L, self.R, strict=True)]
         columns = column_labels(chain)
-        spread = _ordered(target.covariance, p + columns + primed(columns), p + c + d + primed(c + d))
+        spread = ordered(target.covariance, p + columns + primed(columns), p + c + d + primed(c + d))
         self.C = spread.reshape((chain.size(p), *(self.count, chain.size(d)) * 2))
         own = self.xp.stack([self.C[:, j, :, j, :] for j in range(self.count)])  # c, p, d, d
         self.roots, self.inverses = root_and_inverse(own)
-        step = _ordered(target.descent(factors), target.labels, p + o + a + c + d)
+        step = ordered(target.descent(factors), target.labels, p + o + a + c + d)
         self.Q = step.reshape(tuple(map(chain.size, (p, o, a, c, d))))
 
     def _columns(self, array: Array, labels: str, axes: tuple[str, ...]) -> list[Array]:
         """One array for every block of columns."""
         c = self.groups[2]
-        moved = _ordered(array, labels, c + "".join(axes))
+        moved = ordered(array, labels, c + "".join(axes))
         moved = moved.reshape((self.count, *map(self.size, axes)))
         return [moved[j] for j in range(self.count)]
 
-    def all_left(self) -> Array:
-        """Step 1; returns by how much the squared error falls."""
+    def all_left(self) -> None:
+        """Step 1."""
         xp, c, s = self.xp, self.count, self.rank
         R = xp.stack(self.R, axis=2)  # p, o, c, s, d
         seen = contract([("pocsd", R), ("pcdCD", self.C)], "pocsCD")
@@ -123,11 +126,10 @@ class _Sweep:
             self.L[j] = self.L[j] + change[:, :, :, j]
             self.D[j] = self.D[j] - change[:, :, :, j] @ self.R[j]
         self.Q = self.Q - contract([("poacs", change), ("pocsCD", seen)], "poaCD")
-        return _real((xp.conj(change) * right).sum())
 
-    def one_block(self, j: int) -> Array:
-        """Step 2 for one block of columns; returns by how much the squared error falls."""
-        xp, own, D = self.xp, self.C[:, None, j, :, j, :], self.D[j]
+    def one_block(self, j: int) -> None:
+        """Step 2 for one block of columns."""
+        own, D = self.C[:, None, j, :, j, :], self.D[j]
         Q = self.Q[:, :, :, j]
         Z = self.W[j] + (Q - D @ own) @ self.inverses[j][:, None]
         U = factoring.left_vectors(Z @ self.roots[j][:, None], self.rank)
@@ -136,9 +138,7 @@ class _Sweep:
         R = _array.adjoint(U) @ Z
         change = U @ R - self.L[j] @ self.R[j]
         lost = contract([("poad", change), ("pdCD", self.C[:, j])], "poaCD")
-        gain = (xp.conj(change) * (2 * Q - lost[:, :, :, j])).sum()
         self.L[j], self.R[j], self.D[j], self.Q = U, R, D - change, self.Q - lost
-        return _real(gain)
 
     def factors(self) -> Factors:
         """In order of application, one axis a label."""
@@ -147,13 +147,5 @@ class _Sweep:
         for stack, axes, name in ((self.R, p + o + s + d, 0), (self.L, p + o + a + s, 1)):
             labels = c + axes
             array = self.xp.stack(stack).reshape(self.target.chain.shape_of(labels))
-            result.append(_ordered(array, labels, self.target.names[name]))
+            result.append(ordered(array, labels, self.target.names[name]))
         return result
-
-
-def _ordered(array: Array, labels: str, order: str) -> Array:
-    return _array.permute(array, tuple(labels.index(n) for n in order))
-
-
-def _real(value: Array) -> Array:
-    return value.real if _array.is_complex(value.dtype) else value

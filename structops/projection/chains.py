@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from structops import _array
 from structops._array import Array
 from structops.chain import Chain
@@ -14,16 +18,12 @@ from structops.projection.solving import wide
 from structops.projection.target import Factors, Target
 from structops.spec import ChainPlan
 
-SWEEPS = 50  # where sweeps are the method
+SWEEPS = 100  # where sweeps are the method
 
 MEANS = Found("exact", "one factor, each of whose entries is the mean of the entries of the matrix that it fills")
-VECTORS = Found(
-    "exact", "one bond, whose blocks share no number: each has its own truncated singular value decomposition"
-)
+VECTORS = Found("exact", "one bond, and blocks that share no number: a truncated singular value decomposition of each")
 BONDS = Found("quasi", "one bond after another: the error is at most sqrt(number of bonds) times the least")
-SWEPT = Found(
-    "local", "alternating least squares from singular value decompositions: the error never grew, no more is known"
-)
+SWEPT = Found("local", "alternating least squares: from sweep to sweep the error never grew, and no more is known")
 REGRESSED = Found("exact", "one factor, and so one least-squares problem")
 WHITENED = Found("exact", "low rank in the norm of the covariance: the singular vectors of W C^(1/2)")
 
@@ -40,10 +40,20 @@ def fit_chain(plan: ChainPlan, W: Array, options: Options) -> Found:
     if sweeps:  # normal equations square the condition
         W = _array.cast(W, wide(W))
     target = Target.of(flat.chain, W, options.covariance)
-    factors = factoring.sequence(target)
+    factors = flat.trimmed(factoring.sequence(target))
     if sweeps:
         factors = _swept(flat, target, factors, sweeps)
+        if options.seed is not None and found is SWEPT:
+            other = _swept(flat, target, flat.trimmed(_random(target, options.seed)), sweeps)
+            factors = min(factors, other, key=target.loss)
     return found.having(store(plan.chain, flat.restored(balanced(target.names, factors))))
+
+
+def _random(target: Target, seed: int) -> Factors:
+    """Gaussian factors, the same in every library, that map unit vectors to vectors of about unit norm."""
+    rng, xp, like = np.random.default_rng(seed), _array.namespace(target.tensor), target.tensor
+    drawn = [rng.standard_normal(f.shape) / math.sqrt(f.fan_in) for f in target.chain.factors]
+    return [xp.asarray(values, dtype=like.dtype, device=like.device) for values in drawn]
 
 
 def judged(chain: Chain) -> Found:

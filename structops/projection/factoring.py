@@ -11,7 +11,8 @@ tensor-train and Monarch, tensor-train of two cores and Kronecker products (no b
 and output: the rearrangement of Van Loan and Pitsianis) are the same few lines.
 
 With more factors, the right singular vectors are the first factor, and what is left (left vectors times values) is the
-target of the rest of the chain, the bond one more label of its input.  For trains that is within sqrt(cuts) of the best.
+target of the rest of the chain, the bond one more label of its input.  For trains that is within sqrt(cuts) of the
+best: what the cuts drop is orthogonal, so its squares add up, and every cut drops at most what the best member must.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from structops import _array
 from structops._array import Array
 from structops.chain import Chain, Regroup
-from structops.projection.target import Factors, Target
+from structops.projection.target import Factors, Target, ordered
 
 
 def sequence(target: Target) -> Factors:
@@ -33,8 +34,7 @@ def sequence(target: Target) -> Factors:
     for k, name in enumerate(names[:-1]):
         later = "".join(names[k + 1 :])
         blocks, cols, rows, bond = cut(labels, name, later)
-        order = tuple(labels.index(label) for label in blocks + rows + cols)
-        matrix = _array.permute(tensor, order).reshape((size(blocks), size(rows), size(cols)))
+        matrix = ordered(tensor, labels, blocks + rows + cols).reshape((size(blocks), size(rows), size(cols)))
         left, right = truncated(matrix, size(bond))
         factors.append(_tensor(target, right, blocks + bond + cols, name))
         tensor, labels = left.reshape(target.chain.shape_of(blocks + rows + bond)), blocks + rows + bond
@@ -50,7 +50,7 @@ def cut(labels: str, name: str, later: str) -> tuple[str, str, str, str]:
 
 
 def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
-    """Left vectors times values (blocks, m, rank), and right vectors (blocks, rank, n); zeros beyond the useful rank."""
+    """Left vectors times values (blocks, m, rank), and right vectors (blocks, rank, n); zeros beyond useful ranks."""
     U, S, Vh = _array.namespace(matrix).linalg.svd(matrix, full_matrices=False)
     left, right = U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :]
     missing = rank - int(left.shape[-1])
@@ -61,7 +61,7 @@ def truncated(matrix: Array, rank: int) -> tuple[Array, Array]:
 
 
 def left_vectors(matrix: Array, rank: int) -> Array:
-    """The first left singular vectors of stacks of matrices (..., m, n) as (..., m, rank); zeros beyond their number."""
+    """The first left singular vectors of stacks of matrices, (..., m, rank); zeros beyond their number."""
     U = _array.namespace(matrix).linalg.svd(matrix, full_matrices=False)[0][..., :rank]
     missing = rank - int(U.shape[-1])
     return _array.pad(U, [(0, 0), (0, missing)]) if missing > 0 else U
@@ -69,8 +69,7 @@ def left_vectors(matrix: Array, rank: int) -> Array:
 
 def _tensor(target: Target, array: Array, labels: str, name: str) -> Array:
     """An array whose axes are ``labels`` in the order of a factor."""
-    shaped = array.reshape(target.chain.shape_of(labels))
-    return _array.permute(shaped, tuple(labels.index(label) for label in name))
+    return ordered(array.reshape(target.chain.shape_of(labels)), labels, name)
 
 
 def is_train(chain: Chain) -> bool:

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 from structops import _array
 from structops._array import Array, Dtype
-from structops._cola import LinearOperator
 from structops.errors import BackendError, ShapeError, StructureError
 from structops.operators.circulant import CirculantPlan
 from structops.operators.convolution import ConvolutionPlan
 from structops.operators.toeplitz import ToeplitzPlan
 from structops.projection.averages import fit_circulant, fit_convolution, fit_toeplitz
 from structops.projection.chains import fit_chain
-from structops.projection.method import Found, Method, Optimality, Options
+from structops.projection.method import Method, Optimality, Options
 from structops.projection.solving import wide
 from structops.spec import ChainPlan, Plan, Structure, registry, structure
 
@@ -116,7 +115,7 @@ def fit(
         covariance: C, symmetric and positive semidefinite, singular or not, shape (in_features, in_features); its scale
             does not matter.
         refine: Sweeps of alternating least squares at most.  By default none where the result is exact or quasi, else
-            50 or as many as help; a quasi result only gets better.
+            100 or as many as help; a quasi result only gets better.
         seed: Adds a random start where sweeps are the method; the better result is kept.  The same numbers in torch and
             JAX.  By default singular value decompositions are the only start.
 

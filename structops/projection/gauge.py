@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from structops import _array
 from structops._array import Array
+from structops.projection.target import ordered
 
 ROUNDS = 8  # of balancing; two factors need one, and every round brings the others nearer
 
@@ -45,7 +46,7 @@ def _balance(names: Sequence[str], factors: list[Array], k: int) -> None:
 def _rows(array: Array, name: str, shared: str) -> Array:
     """A factor as (values of the shared labels, all else)."""
     order = shared + "".join(label for label in name if label not in shared)
-    moved = _array.permute(array, tuple(name.index(label) for label in order))
+    moved = ordered(array, name, order)
     return moved.reshape((math.prod(moved.shape[: len(shared)]), -1))
 
 
@@ -53,5 +54,5 @@ def _spread(scale: Array, array: Array, name: str, shared: str) -> Array:
     """One number per value of the shared labels, along the axes of a factor."""
     sizes = [array.shape[name.index(label)] for label in shared]
     there = "".join(label for label in name if label in shared)
-    moved = _array.permute(scale.reshape(tuple(sizes)), tuple(shared.index(label) for label in there))
+    moved = ordered(scale.reshape(tuple(sizes)), shared, there)
     return moved.reshape(tuple(n if label in shared else 1 for n, label in zip(array.shape, name, strict=True)))

@@ -1,8 +1,8 @@
 """Chains that re-read their state between two factors, written without: what is left of Monarch where nothing divides.
 
-In ``kp, kqp, kq=rl, lsr -> sl`` the state has one place for every (k, q), which is also one (r, l).  The block (k, l) of
-the matrix, (s, p), is a sum over the places that lie in both k and l, and no place lies in two blocks.  So the chain is
-``kp, klup, lksu -> sl`` with a bond u that counts the places of a block; blocks differ in how many they have.
+In ``kp, kqp, kq=rl, lsr -> sl`` the state has one place for every (k, q), which is also one (r, l).  The block (k, l)
+of the matrix, (s, p), is a sum over the places that lie in both k and l, and no place lies in two blocks.  So the chain
+is ``kp, klup, klus -> sl`` with a bond u that counts the places of a block; blocks differ in how many they have.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from structops import _array
 from structops._array import Array
 from structops.chain import Chain, Regroup
 from structops.errors import StructureError
-from structops.projection.target import Factors
+from structops.projection.target import Factors, ordered
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ class Plain:
             flat = array.reshape((self.ranks.size * self._bond, *self.original.shape_of(own)))
             index = _array.namespace(array).asarray(self.places, device=array.device)
             picked = flat[index].reshape(self.original.shape_of(labels + own))
-            order = labels + own
-            result.append(_array.permute(picked, tuple(order.index(label) for label in step.labels)))
+            result.append(ordered(picked, labels + own, step.labels))
         return result
+
+    def trimmed(self, factors: Factors) -> Factors:
+        """The plain factors with zeros at the places that do not exist, which `restored` leaves out."""
+        live = self.live(factors[0])
+        if live is None:
+            return factors
+        return [array * live.reshape((*live.shape, *(1,) * (array.ndim - live.ndim))) for array in factors]
 
     @property
     def _bond(self) -> int:
@@ -78,7 +84,7 @@ def plain(chain: Chain) -> Plain:
     if not regroups:
         return Plain(chain, chain)
     names = [step.labels for step in chain.factor_steps]
-    (before, after), inputs, outputs = (regroups[0].before, regroups[0].after), chain.terms[0], chain.terms[-1]
+    before, after, inputs, outputs = regroups[0].before, regroups[0].after, chain.terms[0], chain.terms[-1]
     is_free = (
         len(names) == 2
         and len(regroups) == 1
@@ -91,7 +97,7 @@ def plain(chain: Chain) -> Plain:
             f"{chain} regroups its state in a way that has no projection; one that has regroups once, between two "
             f"factors, each with all labels of the state on its side: 'kp, kqp, kq=rl, lsr -> sl'"
         )
-    first, last = ("".join(n for n in old if n in side) for old, side in ((before, inputs), (after, outputs)))
+    first, last = "".join(n for n in before if n in inputs), "".join(n for n in after if n in outputs)
     blocks = _index(chain, before, first) * chain.size(last) + _index(chain, after, last)
     counts = np.bincount(blocks, minlength=chain.size(first + last))
     bond, label = int(counts.max()), _unused(chain)
@@ -100,7 +106,7 @@ def plain(chain: Chain) -> Plain:
     slot[order] = np.concatenate([np.arange(count) for count in counts])
     own = ["".join(n for n in name if n not in side) for name, side in zip(names, (before, after), strict=True)]
     terms = [inputs, *(first + last + label + rest for rest in own)]
-    sizes = {n: size for n, size in chain.sizes if n in set(joined(*terms, outputs))} | {label: bond}
+    sizes = {n: size for n, size in dict(chain.sizes).items() if n in set(joined(*terms, outputs))} | {label: bond}
     pattern = ", ".join(terms) + " -> " + outputs
     flat = Chain(pattern, sizes, chain.in_features, chain.out_features)
     ranks = counts.reshape(chain.shape_of(first + last))

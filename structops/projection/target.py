@@ -49,8 +49,7 @@ class Target:
             total = (_array.namespace(W).abs(W) ** 2).sum()
             return cls(chain, tensor, weight, None, total, tensor)
         moments = W @ covariance
-        total = (_array.namespace(W).conj(W) * moments).sum()
-        total = total.real if _array.is_complex(total.dtype) else total
+        total = real((_array.namespace(W).conj(W) * moments).sum())
         spread = _array.pad(covariance, [(0, chain.padded_in - chain.in_features)] * 2)
         inputs = chain.terms[0]
         names = inputs + _primed_columns(chain, inputs)
@@ -89,15 +88,17 @@ class Target:
         return contract([(self.labels, tensor), spread], self.chain.terms[-1] + primed(columns))
 
     def loss(self, factors: Sequence[Array]) -> Array:
-        """The squared norm of what is left in the metric, a real number."""
-        product = self.product(factors)
+        """The squared norm of what is left in the metric; in the Frobenius norm without what no member can have."""
+        product, xp = self.product(factors), _array.namespace(self.tensor)
         if self.weight is not None:
             product = product * self.weight
-        after = product if self.covariance is None else self.times_covariance(product)
-        xp = _array.namespace(product)
-        cross = (xp.conj(product) * (after - 2 * self.moments)).sum()
-        value = self.total + cross
-        return value.real if _array.is_complex(value.dtype) else value
+        left = self.tensor - product
+        if self.covariance is None:
+            return (xp.abs(left) ** 2).sum()
+        if not passing_labels(self.chain):
+            return real((xp.conj(left) * self.times_covariance(left)).sum())
+        after = self.times_covariance(product)  # entries beside the tensor count, too
+        return self.total + real((xp.conj(product) * (after - 2 * self.moments)).sum())
 
     def cast(self, dtype: _array.Dtype) -> Target:
         """The same target in another dtype."""
@@ -125,6 +126,16 @@ def contract(operands: Sequence[tuple[str, Array]], output: str) -> Array:
     """An einsum in the cheapest order."""
     names, arrays = zip(*operands, strict=True)
     return opt_einsum.contract(",".join(names) + "->" + output, *arrays)
+
+
+def ordered(array: Array, labels: str, order: str) -> Array:
+    """An array whose axes are ``labels`` with the axes in another order."""
+    return array if labels == order else _array.permute(array, tuple(labels.index(label) for label in order))
+
+
+def real(value: Array) -> Array:
+    """The real part."""
+    return value.real if _array.is_complex(value.dtype) else value
 
 
 def _primed_columns(chain: Chain, labels: str) -> str:
