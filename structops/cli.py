@@ -114,6 +114,9 @@ def bench(
     from dataclasses import replace
 
     from structops.bench import cases
+    from structops.bench.contestant import DisagreementError
+    from structops.bench.run import report as run
+    from structops.errors import BackendError
 
     base = cases.Settings().quick() if quick else cases.Settings()
     chosen = {
@@ -126,35 +129,14 @@ def bench(
         "repeats": repeats,
     }
     given: dict[str, Any] = {name: value for name, value in chosen.items() if value}
-    _study(lambda: _bench(replace(base, **given, device=device, threads=threads, seed=seed), out))
-
-
-def _bench(settings: Any, out: Path) -> None:
-    """Measure; the numbers are on disk after every case, tables and plot at the end, also after an interrupt."""
-    from structops.bench.contestant import DisagreementError
-    from structops.bench.report import facts, figure, markdown, overview
-    from structops.bench.run import bench as run
-    from structops.errors import BackendError
-    from structops.studies.report import machine, table, write_figure, write_json
-
-    report: Any = None
+    settings = replace(base, **given, device=device, threads=threads, seed=seed)
     try:
-        for report in run(settings, machine(), console):
-            write_json(out / "bench.json", report.data())
+        _study(lambda: run(settings, out, console))
     except DisagreementError as error:
         console.print(f"[red]{error}")
         raise typer.Exit(1) from None
     except BackendError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
-    finally:
-        if report:
-            for sheet in overview(report):
-                console.print(table(sheet.title, sheet.columns, sheet.rows))
-            for line in facts(report):
-                console.print(f"- {line}", markup=False, highlight=False)
-            (out / "bench.md").write_text(markdown(report), encoding="utf-8")
-            write_figure(out / "bench.png", figure(report))
-            console.print(f"in {out}: bench.json, bench.md, bench.png")
 
 
 @study.command("coordinate-check")

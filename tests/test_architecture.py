@@ -36,6 +36,7 @@ LAYERS = (
     {"projection", "mup"},
     {"sampling", "normalise"},
     {"torch", "jax"},
+    {"report"},
     {"studies", "bench", "testing"},
     {"doctor"},
     {"cli"},
@@ -44,7 +45,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Where a library may be imported: in a package of its own, and above.
-ABOVE = {"studies", "bench", "testing", "doctor", "cli"}
+ABOVE = {"report", "studies", "bench", "testing", "doctor", "cli"}
 ALLOWED = {
     "torch": {"torch"} | ABOVE,
     "triton": {"torch"},

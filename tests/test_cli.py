@@ -29,7 +29,7 @@ def run(*arguments, **kwargs):
 def test_help_lists_the_commands_and_is_light():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("demo", "algebra", "study", "doctor"):
+    for command in ("demo", "algebra", "study", "bench", "doctor"):
         assert command in result.stdout
     heavy = "('torch', 'jax', 'cola', 'matplotlib')"
     code = f"import structops.cli, structops.studies.closure, sys; print([m for m in {heavy} if m in sys.modules])"

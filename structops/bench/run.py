@@ -23,18 +23,48 @@ from structops.bench.cases import OURS, Case, Settings, cases_of
 from structops.bench.clock import alternate
 from structops.bench.contestant import Absent, Contestant, check_agreement
 from structops.bench.contestants import WAYS, Problem, check_device, torch_contestant, waiting
+from structops.bench.report import facts, figure, markdown, overview
 from structops.bench.results import Report, Result
 from structops.bench.roofline import Ceilings
+from structops.report import machine, table, write_figure, write_json, write_text
 
 BUSY = 0.25  # programs a core that already run before
 
 
-def bench(settings: Settings, machine: dict[str, Any], console: Console) -> Iterator[Report]:
+def report(settings: Settings, out: Path, console: Console) -> None:
+    """Measure all cases into a folder: the numbers after every case, tables and plot at the end or at an interrupt.
+
+    Args:
+        settings: What to measure.
+        out: Folder for ``bench.json``, ``bench.md`` and ``bench.png``.
+        console: Where progress and tables are shown.
+
+    Raises:
+        StructureError: A structure is unknown, or none can have any of the shapes.
+        BackendError: The device does not exist.
+        DisagreementError: A contestant computes something else than the others.
+    """
+    found: Report | None = None
+    try:
+        for found in bench(settings, machine(), console):
+            write_json(out / "bench.json", found.data())
+    finally:
+        if found:
+            for sheet in overview(found):
+                console.print(table(sheet.title, sheet.columns, sheet.rows))
+            for line in facts(found):
+                console.print(f"- {line}", markup=False, highlight=False)
+            write_text(out / "bench.md", markdown(found))
+            write_figure(out / "bench.png", figure(found))
+            console.print(f"in {out}: bench.json, bench.md, bench.png")
+
+
+def bench(settings: Settings, known: dict[str, Any], console: Console) -> Iterator[Report]:
     """Measure all cases; after each the report with what is there so far, always the same object.
 
     Args:
         settings: What to measure.
-        machine: What is known of the machine; what concerns torch is added.
+        known: What is known of the machine; what concerns torch is added.
         console: Where progress is shown.
 
     Raises:
@@ -47,16 +77,16 @@ def bench(settings: Settings, machine: dict[str, Any], console: Console) -> Iter
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     show = Progress(*columns, console=console, transient=True)
     with _threads(settings.threads), _interrupts() as interrupts, show as progress:
-        report = Report(settings, {**machine, **_torch_machine(settings.device)}, len(cases), skipped)
-        report.notes += _notes(settings, report.machine)
+        found = Report(settings, {**known, **_torch_machine(settings.device)}, len(cases), skipped)
+        found.notes += _notes(settings, found.machine)
         bar = progress.add_task("ceilings", total=len(cases))
         for dtype in settings.dtypes:
-            report.ceilings[dtype] = ceilings.measure(dtype, settings.device)
+            found.ceilings[dtype] = ceilings.measure(dtype, settings.device)
         for case in cases:
             progress.update(bar, description=case.label)
-            report.results.append(run_case(case, settings, report.ceilings[case.dtype]))
+            found.results.append(run_case(case, settings, found.ceilings[case.dtype]))
             progress.advance(bar)
-            yield report
+            yield found
             if interrupts:
                 raise KeyboardInterrupt
 

@@ -21,8 +21,8 @@ from structops.algebra.svd import svd
 from structops.operators import Diagonal, Permutation
 from structops.operators.kron import kron
 from structops.power_law import fit
+from structops.report import machine, table, write_json
 from structops.spec import structure
-from structops.studies.report import machine, table, write_json
 
 # ---------------------------------------------------------------------------------------------------------- what is run
 

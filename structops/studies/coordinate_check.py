@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from structops.errors import StructureError
 from structops.mup import Rule
+from structops.report import machine, table, write_figure, write_json
 from structops.studies.data import digits
 from structops.studies.network import RATES, RULES, build, optimizers
-from structops.studies.report import machine, table, write_figure, write_json
 from structops.torch import plan
 from structops.torch.coord_check import measure
 from structops.torch.coord_report import CoordReport, CoordRow, Forecast, Record

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from structops.report import machine, table, write_figure, write_json
 from structops.studies.data import digits
 from structops.studies.mlp import MLP, width_for
 from structops.studies.products import ProductRow, product_rows
-from structops.studies.report import machine, table, write_figure, write_json
 from structops.studies.training import Recipe, Result
 
 TOKENS = 256

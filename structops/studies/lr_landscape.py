@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional
 
 from structops.errors import StructureError
+from structops.report import machine, table, write_figure, write_json
 from structops.spec import structure
 from structops.studies.coordinate_check import prepare_worker
 from structops.studies.data import digits
 from structops.studies.lr_sweep import Point, SweepReport, append, load
 from structops.studies.network import RULES, build, optimizers
-from structops.studies.report import machine, table, write_figure, write_json
 from structops.studies.training import Recipe, epochs
 
 STRUCTURES = ("dense", "btt")

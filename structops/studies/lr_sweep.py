@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from structops.errors import StructureError
-from structops.studies.report import write_figure
+from structops.report import write_figure
 
 TOLERANCE = 0.25  # octaves a doubling of width
 BASIN = 1.1  # losses up to this multiple of the lowest count as good

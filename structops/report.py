@@ -1,4 +1,4 @@
-"""Files and tables of the studies: nothing half-written stays on disk."""
+"""Files and tables of studies and benchmarks: nothing half-written stays on disk."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from rich.table import Table
 def write_json(path: Path, data: Any) -> None:
     """Write data as indented JSON."""
     _replace(path, lambda file: file.write(json.dumps(data, indent=1).encode()))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8."""
+    _replace(path, lambda file: file.write(text.encode()))
 
 
 def write_figure(path: Path, figure: Any) -> None:
