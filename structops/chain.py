@@ -30,7 +30,7 @@ from typing import SupportsIndex
 
 from structops.errors import ShapeError
 from structops.pattern import Regroup, Step, roles, split_terms
-from structops.program import Move, moves
+from structops.program import Move, copied_moves, strided_moves
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Chain:
             put(self, name, true)
         put(self, "factor_steps", tuple(step for step in self.steps if isinstance(step, Step)))
         put(self, "factors", tuple(self._factor(step) for step in self.factor_steps))
-        put(self, "moves", tuple(moves(terms[0], self.steps, output, self._size)))
+        put(self, "moves", tuple(strided_moves(terms[0], self.steps, output, self._size)))
 
     # ------------------------------------------------------------------------------------------------ labels and sizes
 
@@ -295,6 +295,18 @@ class Chain:
     def T(self) -> Chain:
         """The chain of the transposed matrix."""
         return self.transpose()
+
+    @cached_property
+    def xla_moves(self) -> tuple[Move, ...]:
+        """The moves for XLA.
+
+        It copies states between factors in any layout, and multiplies a quarter more slowly where the tokens are last;
+        but then it copies runs of tokens, five times as fast.  That pays where states are wide (measured on a CPU, see
+        docs/speed.md); never with shared factors, which need no batch of products.
+        """
+        wide = max(self.intermediate_widths, default=0) >= 2 * max(self.padded_in, self.padded_out)
+        batched = all(f.blocks > 1 and f.sharing == 1 for f in self.factors)
+        return tuple(copied_moves(self.terms[0], self.steps, self.terms[-1], self._size, wide and batched))
 
     def __repr__(self) -> str:
         """The pattern, the sizes and, where padded, the true shape."""

@@ -38,7 +38,7 @@ def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
     """
     check_product(chain, factors, x)
     padded = pad(x, [(0, chain.padded_in - chain.in_features)]) if chain.padded_in != chain.in_features else x
-    y = products(chain.moves, factors, padded)
+    y = products(chain.moves if hasattr(x, "permute") else chain.xla_moves, factors, padded)
     if chain.padded_out != chain.out_features:
         y = y[:, : chain.out_features]
     return y.reshape((*x.shape[:-1], chain.out_features))
@@ -57,7 +57,9 @@ def products(moves: Sequence[Move], factors: Sequence[Array], x: Array) -> Array
                 factor = factor.reshape(move.factor)
             if move.repeats > 1:
                 factor = repeat(factor, move.repeats)
-            state = matmul(state, factor.mT) if move.is_last else matmul(factor, state)
+            if move.is_turned:
+                state = state.mT
+            state = matmul(factor, state) if move.tokens_last else matmul(state, factor.mT)
     return state
 
 

@@ -1,14 +1,18 @@
 """How a chain is computed: reshapes, permutations and (batched) matrix products, as plain numbers derived once.
 
-The layout decides the speed.  Between two factors the state is kept *token-minor*: labels first, tokens last, so that
+The layout of the states between the factors decides the speed, and libraries differ in what they do fast.
+
+`strided_moves` are for libraries whose products read operands through strides (PyTorch).  States are *tokens last*:
 
 - every product ``factor @ state`` of ``(blocks, fan_out, fan_in)`` and ``(blocks, fan_in, tokens)`` writes the state
   that the next product reads through strides, in most chains without a copy in between;
 - where a copy is needed after all, it moves whole runs of tokens.
 
-The first product reads x as it comes, tokens first, through strides, wherever its contracted labels are the last of the
-input.  The last product, ``state.T @ factor.T``, writes ``(blocks, tokens, fan_out)``, and the one copy that the order
-of the output asks for is left.
+The first product reads x as it comes, tokens first, wherever its contracted labels are the last of the input.  The last
+product, ``state.T @ factor.T``, writes ``(blocks, tokens, fan_out)``, and the one copy that the order of the output
+asks for is left.
+
+`copied_moves` are for XLA, which copies every operand into the order of its product.
 """
 
 from __future__ import annotations
@@ -26,17 +30,18 @@ TOKENS = "*"  # stands for all leading axes of x; never a label
 class Move:
     """One operation on the state; -1 is the axis of all leading axes of x, and of what is shared beside it.
 
-    Read the state as ``state``, permute it by ``axes`` and reshape it to ``matrix``.  Then multiply by the factor read
-    as ``factor``: ``factor @ matrix``, or ``matrix @ factor.T`` in the last product.  Without a factor the result is
-    the new state.
+    Read the state as ``state``, permute it by ``axes`` and reshape it to ``matrix``, transposed if ``is_turned``.  Then
+    multiply by the factor read as ``factor``: ``factor @ matrix`` if the tokens are last, else ``matrix @ factor.T``.
+    Without a factor the matrix is the new state.
 
     Attributes:
         state: Sizes of the labels of the state, in the order in which it is stored; without those of size 1.
         axes: The permutation.
-        matrix: Shape of the operand, ``(blocks, fan_in, -1)``, or ``(blocks, -1, fan_in)`` in the last product; without
-            the first axis where there is one block.
+        matrix: Shape of the operand, ``(blocks, fan_in, -1)`` or ``(blocks, -1, fan_in)``; without the first axis where
+            there is one block.
         factor: Shape of the factor, with as many axes as the operand; empty for no product.
-        is_last: Whether this is the last product.
+        tokens_last: Whether the product is ``(blocks, fan_out, tokens)``.
+        is_turned: Whether the operand is stored as the transpose of what ``factor @ matrix`` needs.
         repeats: Above 1, the one block of the factor multiplies so many matrices of shared labels, one by one.
         joins: Whether an axis of the operand is not simply one label.
         copies: Whether the permuted state is copied, since no strides describe it as such a matrix.
@@ -46,13 +51,17 @@ class Move:
     axes: tuple[int, ...]
     matrix: tuple[int, ...]
     factor: tuple[int, ...] = ()
-    is_last: bool = False
+    tokens_last: bool = False
+    is_turned: bool = False
     repeats: int = 1
     joins: bool = True
-    copies: bool = False
+    copies: bool = True
 
 
-def moves(inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mapping[str, int]) -> Iterator[Move]:
+# -------------------------------------------------------------------------------------------------- strided operands
+
+
+def strided_moves(inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mapping[str, int]) -> Iterator[Move]:
     """The operations that compute a chain, one for every factor and at the end one that puts the output in order.
 
     Args:
@@ -65,7 +74,7 @@ def moves(inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mappi
     for k, step in enumerate(steps):
         if isinstance(step, Step):
             batch, contracted, kept = _operand(order, step, size)
-            yield _product(order, step, (batch, contracted, kept), k == last, size)
+            yield _product(order, step, (batch, contracted, kept), k < last, size)
             order = _long(batch + kept + step.emitted if k == last else batch + step.emitted + kept, size)
             continue
         before, after = _long(step.before, size), _long(step.after, size)
@@ -100,30 +109,74 @@ def _is_view(order: str, groups: tuple[str, str, str]) -> bool:
     return all(group in order for group in groups) and not (batch and order.endswith(batch))
 
 
-def _product(order: str, step: Step, groups: tuple[str, str, str], is_last: bool, size: Mapping[str, int]) -> Move:
+def _product(order: str, step: Step, groups: tuple[str, str, str], tokens_last: bool, size: Mapping[str, int]) -> Move:
     batch, contracted, kept = groups
     blocks, ahead = _size(step.batch, size), _size(batch, size)
     rows, columns = _size(step.emitted, size), _size(contracted, size)
-    inner = (-1, columns) if is_last else (columns, -1)
-    target = batch + kept + contracted if is_last else batch + contracted + kept
+    inner = (columns, -1) if tokens_last else (-1, columns)
+    target = batch + contracted + kept if tokens_last else batch + kept + contracted
     return Move(
         state=_shape(order, size),
         axes=tuple(order.index(label) for label in target),
         matrix=(ahead, *inner) if ahead > 1 else inner,
         factor=(blocks, rows, columns) if ahead > 1 else (rows, columns),
-        is_last=is_last,
+        tokens_last=tokens_last,
         repeats=ahead // blocks,
         joins=not len(batch) <= len(contracted) == len(kept) == 1,
         copies=not _is_view(order, groups),
     )
 
 
+# --------------------------------------------------------------------------------------------------- copied operands
+
+
+def copied_moves(
+    inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mapping[str, int], tokens_last: bool
+) -> Iterator[Move]:
+    """The operations that compute a chain with the tokens last in every state, or before the emitted labels.
+
+    Args:
+        inputs: Labels of the input.
+        steps: The factors, and the regroups between them.
+        output: Labels of the output.
+        size: Size of every label.
+        tokens_last: Where the tokens are in the states between factors.
+    """
+    order = _long(TOKENS + inputs, size)
+    for step in steps:
+        if isinstance(step, Regroup):
+            before = _long(step.before, size)
+            yield _reread(order, TOKENS + before, size)
+            order = TOKENS + _long(step.after, size)
+            continue
+        batch, contracted = _long(step.batch, size), _long(step.contracted, size)
+        emitted = _long(step.emitted, size)
+        kept = "".join(label for label in order if label not in batch + contracted)
+        blocks, rows, columns = _size(batch, size), _size(emitted, size), _size(contracted, size)
+        is_turned = tokens_last and order[0] == TOKENS  # x and regrouped states come so: XLA turns them by itself
+        rising = tokens_last and not is_turned
+        target = batch + contracted + kept if rising else batch + kept + contracted
+        ahead = (blocks,) if blocks > 1 else ()
+        yield Move(
+            state=_shape(order, size),
+            axes=tuple(order.index(label) for label in target),
+            matrix=(*ahead, columns, -1) if rising else (*ahead, -1, columns),
+            factor=(*ahead, rows, columns),
+            tokens_last=tokens_last,
+            is_turned=is_turned,
+        )
+        order = batch + emitted + kept if tokens_last else batch + kept + emitted
+    yield _reread(order, _long(TOKENS + output, size), size)
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
 def _reread(order: str, target: str, size: Mapping[str, int]) -> Move:
     """Bring the state into another order, tokens first, and flatten it."""
     axes = tuple(order.index(label) for label in target)
-    return Move(
-        _shape(order, size), axes, (-1, _size(target[1:], size)), joins=len(target) != 2, copies=order != target
-    )
+    flat = (-1, _size(target[1:], size))
+    return Move(_shape(order, size), axes, flat, joins=len(target) != 2, copies=order != target)
 
 
 def _long(labels: str, size: Mapping[str, int]) -> str:

@@ -571,6 +571,7 @@ def test_no_call_derives_the_pattern_again(backend, monkeypatch):
     def derive(*_):
         raise AssertionError("the pattern was parsed in a call")
 
-    for name in ("chain.split_terms", "chain.roles", "chain.moves", "program._operand"):
+    contract(chain, factors, x)
+    for name in ("chain.split_terms", "chain.roles", "chain.strided_moves", "chain.copied_moves", "program._operand"):
         monkeypatch.setattr(f"structops.{name}", derive)
     np.testing.assert_array_equal(contract(chain, factors, x), np.asarray(x) @ matrix.T)

@@ -19,11 +19,12 @@ from test_contract import chains, fewer_examples, integers, reference  # noqa: E
 
 import structops as so  # noqa: E402
 from structops.chain import Chain  # noqa: E402
-from structops.contract import store, unstore  # noqa: E402
+from structops.contract import products, store, unstore  # noqa: E402
 from structops.jax import StructuredLinear  # noqa: E402
 from structops.jax import product as module  # noqa: E402
-from structops.jax.product import is_token_minor, product, program, run  # noqa: E402
+from structops.jax.product import product  # noqa: E402
 from structops.merging import Machine  # noqa: E402
+from structops.program import copied_moves  # noqa: E402
 from structops.spec import ChainPlan, structure  # noqa: E402
 
 pytestmark = [pytest.mark.jax, pytest.mark.filterwarnings("ignore::structops.StructureWarning")]
@@ -83,7 +84,8 @@ def test_any_chain_in_any_layout(drawn, is_minor, lead):
     factors, x, dense = case(chain, lead=lead)
     wanted = np.asarray(x) @ dense.T
     padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, chain.padded_in - chain.in_features)])
-    y = run(program(chain, is_minor), factors, padded)[:, : chain.out_features]
+    moves = tuple(copied_moves(chain.terms[0], chain.steps, chain.terms[-1], dict(chain.sizes), is_minor))
+    y = products(moves, factors, padded)[:, : chain.out_features]
     np.testing.assert_array_equal(y.reshape(wanted.shape), wanted)
     np.testing.assert_array_equal(product(plan_of(chain), factors, x), wanted)
 
@@ -182,8 +184,8 @@ def test_vmap(spec, machine):
 )
 def test_tokens_are_last_where_the_state_is_wide(spec, width, is_minor):
     chain = structure(spec).chain(width, width)
-    assert is_token_minor(chain) is is_minor
-    factor_moves = [move for move in program(chain, is_minor) if move.factor]
+    factor_moves = [move for move in chain.xla_moves if move.factor]
+    assert all(move.tokens_last is is_minor for move in factor_moves)
     assert [move.factor[-2:] for move in factor_moves] == [f.stored_shape[1:] for f in chain.factors]
 
 
@@ -203,15 +205,25 @@ def test_many_tokens_multiply_the_factors_together():
 # --------------------------------------------------------------------------------------------------------------- layer
 
 
-def test_the_layer_takes_it_and_what_is_no_chain_is_applied(monkeypatch):
+def test_the_layer_takes_it_and_what_is_no_chain_is_applied():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)))
     for spec in ("btt(rank=4, blocks=4)", "toeplitz", "convolution(spatial_shape=4, kernel_size=3)"):
         layer = StructuredLinear(16, 16, spec, bias=False, dtype=jnp.float64, rngs=nnx.Rngs(0))
         wanted = x @ layer.operator().to_dense().T
         np.testing.assert_allclose(layer(x), wanted, atol=1e-12)
-        with monkeypatch.context() as patch:
-            patch.setattr(jax, "default_backend", lambda: "gpu")
-            np.testing.assert_allclose(layer(x), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spec", ["btt(rank=4, blocks=4)", "toeplitz", "monarch(blocks=5)"])
+def test_merge_gives_a_linear_layer(spec, bias):
+    layer = StructuredLinear(16, 24, spec, bias=bias, dtype=jnp.float64, weight_norm=True, rngs=nnx.Rngs(0))
+    layer.factors[0][...] = 10 * layer.factors[0][...]
+    if bias:
+        layer.bias[...] = jnp.arange(24.0)
+    dense = layer.merge()
+    assert type(dense) is nnx.Linear
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)))
+    np.testing.assert_allclose(dense(x), layer(x), atol=1e-12)
 
 
 def test_errors():

@@ -101,4 +101,23 @@ class StructuredLinear(nnx.Module):
         return self.plan.operator(self.effective_factors())
 
 
+    def merge(self) -> nnx.Linear:
+        """A dense layer with the same function: for few tokens, or widths at which dense is faster.
+
+        `structops bench` measures from where on that is.
+        """
+        weight = self.operator().to_dense()
+        dense = nnx.Linear(
+            self.in_features,
+            self.out_features,
+            use_bias=self.bias is not None,
+            param_dtype=weight.dtype,
+            rngs=nnx.Rngs(0),  # its numbers are replaced
+        )
+        dense.kernel[...] = weight.T
+        if self.bias is not None and dense.bias is not None:
+            dense.bias[...] = self.bias[...]
+        return dense
+
+
 _structure = structure  # the class has an argument of that name

@@ -158,7 +158,7 @@ class ChunkedChain:
             move, weight, operand = self.products[k], weights[k], self._operand(k, states[k])
             total = totals[k]
             if total is not None:  # of the last transposed: the rows of its products are fan_in, often the larger side
-                total.add(*((operand.mT, flow) if move.is_last else (flow, operand.mT)))
+                total.add(*((flow, operand.mT) if move.tokens_last else (operand.mT, flow)))
             if k == 0 and not dx.numel():
                 return
             flow = self._below(k, flow, weight, operand, dx if k == 0 else None)
@@ -177,9 +177,9 @@ class ChunkedChain:
         """The gradient of the operand of product k, in the layout of what product k - 1 wrote, or written to dx."""
         move = self.products[k]
         out = _scratch(f"down{k % 2}", operand.numel(), operand)  # the flow may lie in that of the product above
-        if move.is_last and dx is None:
+        if not move.tokens_last and dx is None:
             back = _product(weight.mT, flow.mT, out).mT
-        elif move.is_last:
+        elif not move.tokens_last:
             back = _product(flow, weight, out)
         elif dx is not None and not move.copies:  # in runs of fan_in, as x lies
             back = _product(flow.mT, weight, out).mT
@@ -232,7 +232,7 @@ class _Total:
     def gradient(self, move: Move, factor: Tensor) -> Tensor:
         """The sum in the shape of the factor."""
         total = self.total if self.total is not None else factor.new_zeros(move.factor)
-        total = total.mT if move.is_last and self.total is not None else total
+        total = total.mT if self.total is not None and not move.tokens_last else total
         total = total.sum(0) if move.repeats > 1 else total
         return total.to(factor.dtype).reshape(factor.shape).contiguous()
 
