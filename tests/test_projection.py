@@ -54,7 +54,7 @@ EXACT = [
 QUASI = [
     ("kron(num_factors=3)", (12, 8)),
     ("tt(rank=2, num_cores=3)", (12, 8)),
-    ("btt(rank=2, num_cores=3)", (27, 27)),
+    ("btt(rank=2, num_cores=3)", (18, 18)),
     ("btt(num_cores=4)", (16, 16)),
     ("einsum(pattern='xyz, kyz, jky, ijx -> ijk', sizes=dict(x=2, y=2, z=2, i=2, j=2, k=2))", (8, 8)),
     ("einsum(pattern='xyz, kxyz, jkxy, ijkx -> ijk', sizes=dict(x=2, y=2, z=2, i=2, j=2, k=2))", (8, 8)),

@@ -18,7 +18,7 @@ from structops import _array
 from structops._array import Array
 from structops.errors import StructureError
 from structops.projection.solving import positive_inverse
-from structops.projection.target import Factors, Target, contract, ordered, passing_labels, primed
+from structops.projection.target import Factors, Target, column_labels, contract, ordered, passing_labels, primed
 
 JOINT = 1024  # unknowns that are solved for together
 MOST = 8192
@@ -95,11 +95,11 @@ class _Problem:
             self.times = chain.size("".join(alone))
             return
         self.free, self.unknown = "".join(n for n in name if n in chain.terms[-1]), inputs + inner
-        columns = [n for n in target.labels if n not in chain.terms[-1]]
+        self.columns = column_labels(chain)
         shared = "".join(n for n in inputs if n in self.around)
         # Without input labels of its own around a value of the shared ones, the problem splits in two small ones.
-        splits = all(n in shared for n in columns if n in self.around) and all(n in name for n in self.passing)
-        self.splits = splits and bool(set(inputs) - set(shared) or shared)
+        splits = all(n in shared for n in self.columns if n in self.around) and all(n in name for n in self.passing)
+        self.splits = splits and bool(inputs)
         if chain.size(self.unknown) > JOINT or (self.splits and shared):
             self.turns = shared
             self.unknown = "".join(n for n in self.unknown if n not in shared)
@@ -144,11 +144,10 @@ class _Problem:
             second = "".join(primed(n) if n in self.unknown else n for n in around)
             pair = [(around, xp.conj(rest)), (second, rest)]
             return free, self.times * contract(pair, free + self.unknown + primed(self.unknown))
-        columns = "".join(n for n in self.target.labels if n not in self.target.chain.terms[-1])
         twice = {primed(n): value for n, value in values.items()} | dict(values)
-        spread = _at(self.passing + primed(columns) + columns, covariance, twice)
+        spread = _at(self.passing + primed(self.columns) + self.columns, covariance, twice)
         free = "".join(n for n in self.free if n in around + self.passing)
-        second = "".join(primed(n) if n in self.unknown + columns else n for n in around)
+        second = "".join(primed(n) if n in self.unknown + self.columns else n for n in around)
         triple = [(around, xp.conj(rest)), spread, (second, rest)]
         return free, contract(triple, free + self.unknown + primed(self.unknown))
 
@@ -161,9 +160,8 @@ class _Problem:
         gram = contract([(around, xp.conj(rest)), (second, rest)], free + inner + primed(inner))
         bonds = positive_inverse(gram.reshape((size(free), *(size(inner),) * 2)))
         bonds = bonds.reshape(self.target.chain.shape_of(free + inner + inner))
-        columns = "".join(n for n in self.target.labels if n not in self.target.chain.terms[-1])
         twice = {primed(n): value for n, value in values.items()} | dict(values)
-        names, spread = _at(self.passing + columns + primed(columns), self.target.covariance, twice)
+        names, spread = _at(self.passing + self.columns + primed(self.columns), self.target.covariance, twice)
         inputs = positive_inverse(spread.reshape((size(self.passing), *(size(self.own),) * 2))).reshape(spread.shape)
         back = self.free + primed(self.own) + primed(inner)
         solved = contract(
@@ -178,9 +176,8 @@ class _Problem:
         spread = target.covariance
         labels = "".join(n for n in target.labels if n not in values)
         moved = contract([(self.axes, change), (around, rest)], labels)
-        columns = "".join(n for n in target.labels if n not in target.chain.terms[-1])
-        names, local = _at(self.passing + columns + primed(columns), spread, values)
-        lost = contract([(labels, moved), (names, local)], target.chain.terms[-1] + primed(columns))
+        names, local = _at(self.passing + self.columns + primed(self.columns), spread, values)
+        lost = contract([(labels, moved), (names, local)], target.chain.terms[-1] + primed(self.columns))
         return lost if target.weight is None else lost * target.weight
 
 
