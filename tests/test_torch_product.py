@@ -21,10 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import structops as so  # noqa: E402
 from structops.contract import store, unstore  # noqa: E402
-from structops.torch import StructuredLinear, tuning  # noqa: E402
-from structops.torch import product as product_module  # noqa: E402
+from structops.torch import (  # noqa: E402
+    StructuredLinear,
+    ops,
+    tuning,
+)
 from structops.torch.chunks import ChunkedChain, chunks  # noqa: E402
-from structops.torch.ops import chain_product, from_text, to_text  # noqa: E402
+from structops.torch.ops import apply, chain_product, from_text, to_text  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -45,11 +48,11 @@ SPECS = [
 
 
 class Calls(list):
-    """The operator, with a list of its calls."""
+    """What runs chains in chunks, with a list of its calls."""
 
     def __call__(self, *args):
         self.append(args)
-        return chain_product(*args)
+        return apply(*args)
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def chunked(monkeypatch):
     monkeypatch.setattr(tuning, "chunk_tokens", 3)
     monkeypatch.setattr(tuning, "least_tokens", 3)
     calls = Calls()
-    monkeypatch.setattr(product_module, "chain_product", calls)
+    monkeypatch.setattr(ops, "apply", calls)
     return calls
 
 
@@ -185,7 +188,7 @@ def test_nothing_is_kept_where_nothing_learns(chunked):
     structured(torch.randn(20, 24, dtype=torch.float64))
     with torch.no_grad():
         layer("btt(rank=2)")(torch.randn(20, 24, dtype=torch.float64))
-    assert [call[-1] for call in chunked] == [False, False]
+    assert [call[-2] for call in chunked] == [False, False]
 
 
 def test_strided_and_empty_inputs(chunked):
@@ -343,9 +346,42 @@ def test_vmap_of_the_operator(in_dims):
         torch.testing.assert_close(ours[k], so.contract(chain, one, row))
 
 
+def test_the_operator_has_the_gradients_of_the_eager_function():
+    chain = so.structure("btt(rank=2)").chain(12, 18)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((20, 12), *chain.stored_shapes)]
+    for learning in ((0, 1, 2), (0,), (1,), (2,)):
+        for k, tensor in enumerate(inputs):
+            tensor.requires_grad_(k in learning)
+        x, *factors = inputs
+        wanted = [inputs[k] for k in learning]
+        y = chain_product(x, factors, to_text(chain), True)[0]
+        eager = apply(x, factors, to_text(chain), True, True)
+        assert torch.equal(y, eager)
+        for one, other in zip(
+            torch.autograd.grad(y.square().sum(), wanted),
+            torch.autograd.grad(eager.square().sum(), wanted),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+
+
+@jit_is_deprecated
+def test_graphs_of_compilers_have_the_operator(monkeypatch):
+    monkeypatch.setattr(tuning, "kernel_numbers", 0)
+    structured, seen = layer("btt(rank=2)"), []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(structured, fullgraph=True, backend=backend)(torch.randn(20, 24, dtype=torch.float64))
+    assert torch.ops.structops.chain_product.default in seen
+
+
 @pytest.mark.slow
 @jit_is_deprecated
-def test_compiles_to_one_graph_with_the_operator_in_it(monkeypatch):
+def test_compiles_to_one_graph(monkeypatch):
     monkeypatch.setattr(tuning, "kernel_numbers", 0)
     structured = layer("btt(rank=2)")
     torch._dynamo.reset()

@@ -26,18 +26,19 @@ class Tuning:
     """What decides how a chain is computed; `structops.torch.tuning` is the one in use and may be changed.
 
     Attributes:
-        chunk_bytes: Bytes that intermediates and outputs of one chunk may have on a CPU: about the last cache.
+        chunk_bytes: Bytes of the intermediates and outputs of a chunk on a CPU: about half of the last cache.
         chunk_tokens: Most tokens of a chunk on a CPU.
         least_tokens: Fewest tokens of a chunk, whatever their bytes.
-        kernel_numbers: Tokens times numbers between the factors from which chunks pay for the overhead of calling them.
+        kernel_numbers: Tokens times numbers between the factors, and of the output, from which chunks are worth the
+            overhead of an operator of our own when gradients are wanted; without, it takes twice as many.
         fused: Whether pairs of factors on a GPU run as one Triton kernel.  Off, since it was not measured yet; see
             docs/speed.md for where the roofline says that it should win.
     """
 
-    chunk_bytes: int = 32 * 2**20
-    chunk_tokens: int = 1023
+    chunk_bytes: int = 16 * 2**20
+    chunk_tokens: int = 2047
     least_tokens: int = 63
-    kernel_numbers: int = 2**16
+    kernel_numbers: int = 2**19
     fused: bool = False
 
 

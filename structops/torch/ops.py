@@ -1,13 +1,14 @@
 """Chains as operators of PyTorch, ``torch.ops.structops``: seen by compilers and exporters as one call.
 
-``chain_product`` has rules for fake tensors, autograd, autocast and vmap.  A second derivative runs through the plain
-products of `structops.contract`.
+``chain_product`` has rules for fake tensors, autograd, autocast and vmap.  `apply` is what layers call: that operator
+while a compiler looks on, else an autograd function with a third of its overhead.  A second derivative runs through the
+plain products of `structops.contract`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ _BACKWARD = "(Tensor grad, Tensor x, Tensor kept, Tensor[] factors, str chain, b
 
 
 _FUSED = "; fused"
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def to_text(chain: Chain, fused: bool = False) -> str:
@@ -43,6 +45,28 @@ def from_text(text: str) -> ChunkedChain | FusedPair:
     pattern, sizes, *fused = text.split("; ")
     chain = Chain(pattern, {label: int(size) for label, size in re.findall(r"(\w)=(\d+)", sizes)})
     return FusedPair(chain) if fused else ChunkedChain(chain)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type)
+
+
+def apply(x: Tensor, factors: Sequence[Tensor], chain: str, learns: bool, keep: bool) -> Tensor:
+    """The chain times the rows of x, as layers call it.
+
+    Args:
+        x: Shape (tokens, in_features).
+        factors: Stored factors, (blocks, fan_out, fan_in) each.
+        chain: The chain as `to_text` gives it.
+        learns: Whether a gradient may be asked for.
+        keep: Whether to keep the intermediates for it; otherwise they are computed again.
+    """
+    if torch.compiler.is_compiling() or autocasts(x):
+        return chain_product(x, factors, chain, learns and keep)[0]
+    if learns:
+        return _Eager.apply(chain, keep, x, *factors)
+    return from_text(chain).forward(x, factors, False)[0]
 
 
 @torch.library.custom_op("structops::chain_product", mutates_args=(), schema=_FORWARD)
@@ -88,17 +112,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-    x, kept, *factors = ctx.saved_tensors
-    count = len(factors)
-    if grad is None:
-        return None, [None] * count, None, None
-    if torch.is_grad_enabled():
-        dx, *gradients = _differentiable(from_text(ctx.chain).chain, factors, x, grad)
-    else:
-        needed = [tensor.requires_grad for tensor in (x, *factors)]
-        dx, *gradients = chain_product_backward(grad, x, kept, factors, ctx.chain, needed)
-        dx, *gradients = [g if need else None for g, need in zip((dx, *gradients), needed, strict=True)]
+    dx, *gradients = _gradients(ctx, grad, chain_product_backward)
     return dx, gradients, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """`chain_product` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: str, keep: bool, x: Tensor, *factors: Tensor) -> Tensor:
+        y, kept = from_text(chain).forward(x, factors, keep)
+        ctx.chain = chain
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, kept, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        def run(grad: Tensor, x: Tensor, kept: Tensor, factors: list[Tensor], chain: str, needed: list[bool]) -> Any:
+            return from_text(chain).backward(grad, x, kept, factors, needed)
+
+        return None, None, *_gradients(ctx, grad, run)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, run: Callable[..., Sequence[Tensor]]) -> list[Tensor | None]:
+    """Those of x and the factors, from what was saved: by ``run``, or in a form that can be differentiated again."""
+    x, kept, *factors = ctx.saved_tensors
+    needed = [tensor.requires_grad for tensor in (x, *factors)]
+    if grad is None:
+        return [None] * len(needed)
+    if torch.is_grad_enabled():
+        return _differentiable(from_text(ctx.chain).chain, factors, x, grad)
+    found = run(grad, x, kept, factors, ctx.chain, needed)
+    return [gradient if need else None for gradient, need in zip(found, needed, strict=True)]
 
 
 def _differentiable(chain: Chain, factors: list[Tensor], x: Tensor, grad: Tensor) -> list[Tensor | None]:
@@ -138,5 +184,5 @@ def _register_autocast(device: str, key: str) -> None:
 
 
 _library = torch.library.Library("structops", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+for _device, _key in _AUTOCAST.items():
+    _register_autocast(_device, _key)

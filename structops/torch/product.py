@@ -12,8 +12,9 @@ from structops.contract import products
 from structops.errors import ShapeError
 from structops.merging import CPU, GPU, Merged, plans
 from structops.spec import ChainPlan, Plan
+from structops.torch import ops
 from structops.torch.chunks import ChunkedChain, tuning
-from structops.torch.ops import chain_product, to_text
+from structops.torch.ops import to_text
 from structops.torch.pair import pair_of
 from structops.torch.triton_pair import runs_here
 
@@ -70,10 +71,10 @@ class Way:
         self.merged = merged if any(merged.equations) else None
         self.moves = chain.moves
         self.padding = chain.padded_in - chain.in_features
-        # What is chunked pays for copies and intermediates with its overhead; without copies there is nothing to win.
-        moved = any(move.copies for move in chain.moves) and ChunkedChain.supports(chain)
-        self.text = to_text(chain) if moved else ""
-        self.fused_text = to_text(chain, fused=True) if moved and pair_of(chain) is not None else ""
+        # Where nothing is copied, chunks have nothing to win, unless they shall not keep the intermediates.
+        chunked = (recompute or any(move.copies for move in chain.moves)) and ChunkedChain.supports(chain)
+        self.text = to_text(chain) if chunked else ""
+        self.fused_text = to_text(chain, fused=True) if chunked and pair_of(chain) is not None else ""
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -82,28 +83,29 @@ class Way:
             factors = self.merged.factors(factors)
         if self.padding:
             x = pad(x, [(0, self.padding)])
-        if self.text and self._is_large(factors, x):
-            learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors))
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors))
+        if self.text and self._is_large(x, learns) and self._is_plain(factors, x):
             rows = x.reshape(-1, x.shape[-1])
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            if tuning.fused and self.fused_text and runs_here(x):
-                y = chain_product(rows, factors, self.fused_text, False)[0]
-            else:
-                y = chain_product(rows, factors, self.text, learns and not self.recompute)[0]
+            fused = tuning.fused and self.fused_text and runs_here(x)
+            y = ops.apply(rows, factors, self.fused_text if fused else self.text, learns, not (fused or self.recompute))
         else:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:
             y = y[:, : self.chain.out_features]
         return y.reshape((*x.shape[:-1], self.chain.out_features))
 
-    def _is_large(self, factors: Sequence[Tensor], x: Tensor) -> bool:
-        """Whether chunks pay, and nothing but the values and gradients of plain tensors is asked for."""
+    def _is_large(self, x: Tensor, learns: bool) -> bool:
+        """Whether chunks pay."""
+        if torch.compiler.is_exporting() or (learns and self.recompute):
+            return True
+        return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers * (1 if learns else 2)
+
+    def _is_plain(self, factors: Sequence[Tensor], x: Tensor) -> bool:
+        """Whether nothing but values and gradients of plain tensors is asked for."""
         if x.dtype not in _CHUNKED:
             return False
-        if not torch.compiler.is_exporting() and x.numel() // x.shape[-1] * self.numbers < tuning.kernel_numbers:
-            return False
-        mixed = any(factor.dtype != x.dtype for factor in factors)
-        if mixed and not (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)):
+        if any(factor.dtype != x.dtype for factor in factors) and not ops.autocasts(x):
             return False
         if torch.compiler.is_compiling():
             return True
