@@ -29,8 +29,8 @@ class Tuning:
         chunk_bytes: Bytes of the intermediates and outputs of a chunk on a CPU: about half of the last cache.
         chunk_tokens: Most tokens of a chunk on a CPU.
         least_tokens: Fewest tokens of a chunk, whatever their bytes.
-        kernel_numbers: Tokens times numbers between the factors, and of the output, from which chunks are worth the
-            overhead of an operator of our own when gradients are wanted; without, it takes twice as many.
+        kernel_numbers: Tokens times numbers between the factors, and of the output, from which chunks are worth their
+            overhead if gradients are wanted and the output comes in more than 16 blocks.
         fused: Whether pairs of factors on a GPU run as one Triton kernel.  Off, since it was not measured yet; see
             docs/speed.md for where the roofline says that it should win.
     """
@@ -38,29 +38,34 @@ class Tuning:
     chunk_bytes: int = 16 * 2**20
     chunk_tokens: int = 2047
     least_tokens: int = 63
-    kernel_numbers: int = 2**19
+    kernel_numbers: int = 2**17
     fused: bool = False
 
 
 tuning = Tuning()
 
 
-def chunks(tokens: int, most: int) -> list[tuple[int, int]]:
-    """Start and end of every chunk: near-equal, at most about ``most`` tokens, and odd wherever possible.
+def chunks(tokens: int, most: int, lines: int) -> list[tuple[int, int]]:
+    """Start and end of every chunk: near-equal, about ``most`` tokens at most, and odd if that matters.
 
-    Copies between token-minor and token-major states stride by the tokens of a chunk.  Where that is a multiple of a
-    power of two, lines fall on the same few sets of the cache: on the machine of docs/speed.md 128 tokens were copied
-    at 5 GB/s and 127 at 25.
+    The copy between a state with the tokens inside and the output strides by the tokens of a chunk, over ``lines``
+    places.  Where that stride is a multiple of a power of two, all fall on the same few sets of the cache: on the
+    machine of docs/speed.md, chunks of 128 tokens were copied at 5 GB/s, of 127 at 25.  It takes more places than the 8
+    ways of a cache; and up to 16 a second chunk costs more.
     """
     count = max(1, -(-tokens // most))
-    if tokens > 8 and (tokens - count) % 2:  # as many odd numbers as chunks add up to the tokens, or one more do
-        count += 1
+    odd = lines > 8 and tokens > 8
+    if odd and (tokens - count) % 2:  # only as many odd numbers as this add up to the tokens
+        odd = count > 1 or lines > 16
+        count += odd
     sizes = [tokens // count] * count
-    if tokens > 8:
+    if odd:
         sizes = [size - 1 + size % 2 for size in sizes]
-    for k in range((tokens - sum(sizes)) // 2):
-        sizes[k % count] += 2
-    sizes[-1] += tokens - sum(sizes)
+        for k in range((tokens - sum(sizes)) // 2):
+            sizes[k % count] += 2
+    else:
+        for k in range(tokens - sum(sizes)):
+            sizes[k] += 1
     ends = [sum(sizes[: k + 1]) for k in range(count)]
     return [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
@@ -77,6 +82,7 @@ class ChunkedChain:
         *self.products, self.output = chain.moves
         self.widths = chain.intermediate_widths
         self.kept = sum(self.widths)
+        self.lines = math.prod(self.output.state[: self.output.state.index(-1)])
 
     @staticmethod
     def supports(chain: Chain) -> bool:
@@ -210,7 +216,8 @@ class ChunkedChain:
         if x.device.type != "cpu":
             return [(0, x.shape[0])]
         numbers = (self.kept + self.out_features) * x.element_size()
-        return chunks(x.shape[0], max(tuning.least_tokens, min(tuning.chunk_tokens, tuning.chunk_bytes // numbers)))
+        most = max(tuning.least_tokens, min(tuning.chunk_tokens, tuning.chunk_bytes // numbers))
+        return chunks(x.shape[0], most, self.lines)
 
 
 class _Total:

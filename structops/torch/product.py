@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structops._array import pad
+from structops.chain import Chain
 from structops.contract import products
 from structops.errors import ShapeError
 from structops.merging import CPU, GPU, Merged, plans
@@ -76,6 +77,7 @@ class Way:
         self.text = to_text(chain) if chunked else ""
         self.fused_text = to_text(chain, fused=True) if chunked and pair_of(chain) is not None else ""
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
+        self.patience = _patience(chain)
 
     def __call__(self, factors: Sequence[Tensor], x: Tensor) -> Tensor:
         """The product with x (..., in_features), which is not checked."""
@@ -99,7 +101,8 @@ class Way:
         """Whether chunks pay."""
         if torch.compiler.is_exporting() or (learns and self.recompute):
             return True
-        return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers * (1 if learns else 2)
+        patience = self.patience[0 if learns else 1]
+        return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers * patience
 
     def _is_plain(self, factors: Sequence[Tensor], x: Tensor) -> bool:
         """Whether nothing but values and gradients of plain tensors is asked for."""
@@ -114,3 +117,13 @@ class Way:
             type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
             for tensor in (x, *factors)
         )
+
+
+def _patience(chain: Chain) -> tuple[int, int]:
+    """How many times `Tuning.kernel_numbers` it takes for chunks to win, with gradients and without.
+
+    Measured on the machine of docs/speed.md.  Backward, the plain products copy the states of batched factors, but not
+    those of shared ones.  Forward they copy the output alone, which takes long only where that comes in many blocks.
+    """
+    shared = any(factor.sharing > 1 for factor in chain.factors)
+    return (4, 16) if shared else (1, 4) if chain.factors[-1].blocks > 16 else (1, 64)
