@@ -30,7 +30,7 @@ from typing import SupportsIndex
 
 from structops.errors import ShapeError
 from structops.pattern import Regroup, Step, roles, split_terms
-from structops.program import Move, copied_moves, strided_moves
+from structops.program import Move, copied_moves, shared_moves, strided_moves
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Chain:
     factor_steps: tuple[Step, ...] = field(init=False, repr=False, compare=False)
     factors: tuple[Factor, ...] = field(init=False, repr=False, compare=False)
     moves: tuple[Move, ...] = field(init=False, repr=False, compare=False)
+    strided_moves: tuple[Move, ...] = field(init=False, repr=False, compare=False)
     padded_in: int = field(init=False, repr=False, compare=False)
     padded_out: int = field(init=False, repr=False, compare=False)
     _size: dict[str, int] = field(init=False, repr=False, compare=False)
@@ -153,7 +154,8 @@ class Chain:
             put(self, name, true)
         put(self, "factor_steps", tuple(step for step in self.steps if isinstance(step, Step)))
         put(self, "factors", tuple(self._factor(step) for step in self.factor_steps))
-        put(self, "moves", tuple(strided_moves(terms[0], self.steps, output, self._size)))
+        put(self, "strided_moves", tuple(strided_moves(terms[0], self.steps, output, self._size)))
+        put(self, "moves", shared_moves(terms[0], self.steps, output, self._size) or self.strided_moves)
 
     # ------------------------------------------------------------------------------------------------ labels and sizes
 

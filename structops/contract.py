@@ -48,15 +48,16 @@ def products(moves: Sequence[Move], factors: Sequence[Array], x: Array) -> Array
     """The moves of a chain, unchecked: x (..., padded_in) to y (vectors, padded_out); see `structops.program`."""
     state, remaining = x, iter(factors)
     for move in moves:
-        state = permute(state.reshape(move.state), move.axes)
+        if move.axes:
+            state = permute(state.reshape(move.state), move.axes)
         if move.joins:
             state = state.reshape(move.matrix)
         if move.factor:
             factor = next(remaining)
             if factor.shape != move.factor:
                 factor = factor.reshape(move.factor)
-            if move.repeats > 1:
-                factor = repeat(factor, move.repeats)
+            if move.repeats != 1:
+                factor = repeat(factor, state.shape[0])
             if move.is_turned:
                 state = state.mT
             state = matmul(factor, state) if move.tokens_last else matmul(state, factor.mT)

@@ -12,6 +12,9 @@ The first product reads x as it comes, tokens first, wherever its contracted lab
 product, ``state.T @ factor.T``, writes ``(blocks, tokens, fan_out)``, and the one copy that the order of the output
 asks for is left.
 
+`shared_moves` are for factors of one block each (Kronecker products, tensor-trains, low rank): tokens stay first, as in
+x and y, and nothing is ever copied.
+
 `copied_moves` are for XLA, which copies every operand into the order of its product.
 """
 
@@ -36,13 +39,14 @@ class Move:
 
     Attributes:
         state: Sizes of the labels of the state, in the order in which it is stored; without those of size 1.
-        axes: The permutation.
+        axes: The permutation; state and axes are empty where the matrix is read as the state lies.
         matrix: Shape of the operand, ``(blocks, fan_in, -1)`` or ``(blocks, -1, fan_in)``; without the first axis where
             there is one block.
         factor: Shape of the factor, with as many axes as the operand; empty for no product.
         tokens_last: Whether the product is ``(blocks, fan_out, tokens)``.
         is_turned: Whether the operand is stored as the transpose of what ``factor @ matrix`` needs.
-        repeats: Above 1, the one block of the factor multiplies so many matrices of shared labels, one by one.
+        repeats: Other than 1, the one block of the factor multiplies so many matrices of shared labels, one by one; 0
+            is as many as there are.
         joins: Whether an axis of the operand is not simply one label.
         copies: Whether the permuted state is copied, since no strides describe it as such a matrix.
     """
@@ -125,6 +129,40 @@ def _product(order: str, step: Step, groups: tuple[str, str, str], tokens_last: 
         joins=not len(batch) <= len(contracted) == len(kept) == 1,
         copies=not _is_view(order, groups),
     )
+
+
+# --------------------------------------------------------------------------------------------------- shared factors
+
+
+def shared_moves(
+    inputs: str, steps: Sequence[Step | Regroup], output: str, size: Mapping[str, int]
+) -> tuple[Move, ...] | None:
+    """The operations that compute a chain whose factors have one block each, with the tokens first throughout.
+
+    Every factor is applied in the place of the labels that it contracts: as a product with all the rest if they are the
+    last of the state, else once for all that is before them.
+
+    Returns:
+        None if a factor has blocks, or the labels do not lie like that.
+    """
+    order, found = _long(TOKENS + inputs, size), []
+    for step in steps:
+        if isinstance(step, Regroup) or _size(step.batch, size) > 1:
+            return None
+        contracted = _long(step.contracted, size)
+        ahead, place, behind = order.partition(contracted or "?")
+        if not place:
+            return None
+        factor, rest = (_size(step.emitted, size), _size(step.contracted, size)), _size(behind, size)
+        if behind:
+            matrix, factor_shape = (-1, factor[1], rest), (1, *factor)
+            found.append(Move((), (), matrix, factor_shape, tokens_last=True, repeats=0, copies=False))
+        else:
+            found.append(Move((), (), (-1, factor[1]), factor, copies=False))
+        order = ahead + _long(step.emitted, size) + behind
+    if order != _long(TOKENS + output, size):
+        return None
+    return (*found, Move((), (), (-1, _size(output, size)), copies=False))
 
 
 # --------------------------------------------------------------------------------------------------- copied operands

@@ -459,13 +459,24 @@ def test_a_small_layer_runs_two_products_one_copy_and_views():
     assert sum(counts.values()) <= 8
 
 
-def test_dense_and_low_rank_run_without_copies():
-    for spec, products in (("dense", 1), ("low_rank(rank=3)", 2)):
-        structured = StructuredLinear(64, 48, spec, bias=False)
-        with torch.no_grad(), Counted() as mode:
-            structured(torch.randn(8, 64))
-        assert mode.counts["mm"] == products
-        assert not mode.counts["clone"]
+@pytest.mark.parametrize(
+    ("spec", "products"),
+    [
+        ("dense", 1),
+        ("low_rank(rank=3)", 2),
+        ("kron", 2),
+        ("kron(num_factors=3)", 3),
+        ("tt(rank=2)", 2),
+        ("tt(rank=2, num_cores=3)", 3),
+    ],
+)
+def test_factors_of_one_block_run_without_copies(spec, products):
+    structured = StructuredLinear(64, 48, spec, bias=False)
+    with torch.no_grad(), Counted() as mode:
+        structured(torch.randn(8, 64))
+    counts = dict(mode.counts)
+    assert counts.pop("mm", 0) + counts.pop("bmm", 0) == products
+    assert set(counts) <= {"randn", "view", "expand", "transpose", "select", "detach"}
 
 
 @pytest.mark.parametrize(("spec", "products"), [("btt(rank=16, blocks=16)", {"mm": 1}), ("kron(num_factors=8)", {})])

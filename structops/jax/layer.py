@@ -100,7 +100,6 @@ class StructuredLinear(nnx.Module):
         """The weight as an operator of shape (out_features, in_features), of the effective factors."""
         return self.plan.operator(self.effective_factors())
 
-
     def merge(self) -> nnx.Linear:
         """A dense layer with the same function: for few tokens, or widths at which dense is faster.
 

@@ -79,7 +79,7 @@ class ChunkedChain:
 
     def __init__(self, chain: Chain) -> None:
         self.chain, self.out_features = chain, chain.padded_out
-        *self.products, self.output = chain.moves
+        *self.products, self.output = chain.strided_moves
         self.widths = chain.intermediate_widths
         self.kept = sum(self.widths)
         self.lines = math.prod(self.output.state[: self.output.state.index(-1)])
@@ -87,7 +87,7 @@ class ChunkedChain:
     @staticmethod
     def supports(chain: Chain) -> bool:
         """Whether every move but the last is a product."""
-        return all(move.factor for move in chain.moves[:-1])
+        return all(move.factor for move in chain.strided_moves[:-1])
 
     def forward(self, x: Tensor, factors: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
         """The product with every row of x (tokens, in_features).

@@ -73,7 +73,7 @@ class Way:
         self.moves = chain.moves
         self.padding = chain.padded_in - chain.in_features
         # Where nothing is copied, chunks have nothing to win, unless they shall not keep the intermediates.
-        chunked = (recompute or any(move.copies for move in chain.moves)) and ChunkedChain.supports(chain)
+        chunked = (recompute or any(move.copies for move in chain.strided_moves)) and ChunkedChain.supports(chain)
         self.text = to_text(chain) if chunked else ""
         self.fused_text = to_text(chain, fused=True) if chunked and pair_of(chain) is not None else ""
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
@@ -85,17 +85,27 @@ class Way:
             factors = self.merged.factors(factors)
         if self.padding:
             x = pad(x, [(0, self.padding)])
-        learns = torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors))
-        if self.text and self._is_large(x, learns) and self._is_plain(factors, x):
-            rows = x.reshape(-1, x.shape[-1])
-            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            fused = tuning.fused and self.fused_text and runs_here(x)
-            y = ops.apply(rows, factors, self.fused_text if fused else self.text, learns, not (fused or self.recompute))
-        else:
+        y = self._chunked(factors, x) if self.text and self._may_be_large(x) else None
+        if y is None:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:
             y = y[:, : self.chain.out_features]
-        return y.reshape((*x.shape[:-1], self.chain.out_features))
+        return y if x.ndim == 2 else y.reshape((*x.shape[:-1], self.chain.out_features))
+
+    def _may_be_large(self, x: Tensor) -> bool:
+        """Whether there is anything to ask: small layers have no time for more."""
+        numbers = x.numel() // x.shape[-1] * self.numbers
+        return numbers >= tuning.kernel_numbers or self.recompute or torch.compiler.is_exporting()
+
+    def _chunked(self, factors: Sequence[Tensor], x: Tensor) -> Tensor | None:
+        """The product in chunks of tokens (tokens, padded_out), or None where the plain products are better."""
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(factor.requires_grad for factor in factors))
+        if not self._is_large(x, learns) or not self._is_plain(factors, x):
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        fused = tuning.fused and self.fused_text and runs_here(x)
+        return ops.apply(rows, factors, self.fused_text if fused else self.text, learns, not (fused or self.recompute))
 
     def _is_large(self, x: Tensor, learns: bool) -> bool:
         """Whether chunks pay."""
@@ -122,8 +132,9 @@ class Way:
 def _patience(chain: Chain) -> tuple[int, int]:
     """How many times `Tuning.kernel_numbers` it takes for chunks to win, with gradients and without.
 
-    Measured on the machine of docs/speed.md.  Backward, the plain products copy the states of batched factors, but not
-    those of shared ones.  Forward they copy the output alone, which takes long only where that comes in many blocks.
+    Measured on the machine of docs/speed.md.  Plain products of shared factors copy nothing.  Those of batched factors
+    copy the output alone forward, which takes long only where that comes in many blocks; and states backward.
     """
-    shared = any(factor.sharing > 1 for factor in chain.factors)
-    return (4, 16) if shared else (1, 4) if chain.factors[-1].blocks > 16 else (1, 64)
+    if chain.moves is not chain.strided_moves:
+        return 96, 192
+    return (1, 4) if chain.factors[-1].blocks > 16 else (1, 64)
