@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import speed_tables
 
 import structops as so
 from structops.algebra.closure import LINALG, ROWS, UNARY, closure
@@ -482,6 +483,7 @@ INSERTS: dict[str, Callable[..., str]] = {
     "costs": costs_table,
     "factors": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[0],
     "wires": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[1],
+    **speed_tables.inserts(table),
 }
 
 

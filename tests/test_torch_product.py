@@ -27,7 +27,7 @@ from structops.torch import (  # noqa: E402
     tuning,
 )
 from structops.torch.chunks import ChunkedChain, chunks  # noqa: E402
-from structops.torch.ops import apply, chain_product, from_text, to_text  # noqa: E402
+from structops.torch.ops import apply, chain_product, from_text, how_text, to_text  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -53,6 +53,10 @@ class Calls(list):
     def __call__(self, *args):
         self.append(args)
         return apply(*args)
+
+
+def text_of(chain):
+    return to_text(chain) + how_text(tuning.limits)
 
 
 @pytest.fixture
@@ -105,7 +109,7 @@ def test_random_chains_equal_numpy_and_their_gradients_the_dense_ones(drawn, tok
     x, grad = integers(rng, tokens, chain.in_features), integers(rng, tokens, chain.out_features)
     matrix = reference(chain, arrays, np.eye(chain.in_features)).T
     factors = store(chain, [torch.from_numpy(array) for array in arrays])
-    run = ChunkedChain(chain)
+    run = ChunkedChain(chain, (tuning.chunk_bytes, random.randrange(1, 40), 1))
     y, kept = run.forward(torch.from_numpy(x), factors, keep)
     np.testing.assert_array_equal(y, x @ matrix.T)
     assert kept.numel() == (tokens * sum(chain.intermediate_widths) if keep else 0)
@@ -221,6 +225,17 @@ def test_results_do_not_lie_in_reused_memory(chunked):
     assert torch.equal(gradient, kept)
 
 
+def test_both_passes_have_the_same_chunks(chunked, monkeypatch):
+    structured = layer("btt(rank=2)", bias=False)
+    x = torch.randn(20, 24, dtype=torch.float64, requires_grad=True)
+    y = structured(x)
+    monkeypatch.setattr(tuning, "chunk_tokens", 7)
+    ours = torch.autograd.grad(y.square().sum(), [x, *structured.factors])
+    dense = x @ structured.operator().to_dense().T
+    for one, other in zip(ours, torch.autograd.grad(dense.square().sum(), [x, *structured.factors]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_threads_do_not_share_memory(chunked):
     structured = layer("btt(rank=2)")
     inputs = torch.randn(4, 300, 24, dtype=torch.float64)
@@ -291,13 +306,13 @@ def test_the_operator_passes_torchs_own_checks(keep, chunked):
     chain = so.structure("btt(rank=2)").chain(12, 18)
     factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in chain.stored_shapes]
     x = torch.randn(20, 12, dtype=torch.float64, requires_grad=True)
-    assert set(torch.library.opcheck(chain_product, (x, factors, to_text(chain), keep)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(chain_product, (x, factors, text_of(chain), keep)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_chain_survives_its_text(spec):
     chain = so.structure(spec).chain(24, 36)
-    assert from_text(to_text(chain)).chain == so.Chain(chain.pattern, chain.sizes)
+    assert from_text(text_of(chain)).chain == so.Chain(chain.pattern, chain.sizes)
 
 
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "kron", "btt(rank=2, num_cores=3)"])
@@ -340,7 +355,7 @@ def test_vmap_of_the_operator(in_dims):
     many = [torch.randn(3, *shape, dtype=torch.float64) for shape in chain.stored_shapes]
     factors = many if in_dims[1] == 0 else [factor[0] for factor in many]
     x = torch.randn({0: (3, 5, 12), 1: (5, 3, 12), None: (5, 12)}[in_dims[0]], dtype=torch.float64)
-    ours = torch.vmap(lambda x, factors: chain_product(x, factors, to_text(chain), True)[0], in_dims)(x, factors)
+    ours = torch.vmap(lambda x, factors: chain_product(x, factors, text_of(chain), True)[0], in_dims)(x, factors)
     for k in range(3):
         row = x if in_dims[0] is None else x.select(in_dims[0], k)
         one = [factor if in_dims[1] is None else factor[k] for factor in factors]
@@ -355,8 +370,8 @@ def test_the_operator_has_the_gradients_of_the_eager_function():
             tensor.requires_grad_(k in learning)
         x, *factors = inputs
         wanted = [inputs[k] for k in learning]
-        y = chain_product(x, factors, to_text(chain), True)[0]
-        eager = apply(x, factors, to_text(chain), True, True)
+        y = chain_product(x, factors, text_of(chain), True)[0]
+        eager = apply(x, factors, text_of(chain), True, True)
         assert torch.equal(y, eager)
         for one, other in zip(
             torch.autograd.grad(y.square().sum(), wanted),

@@ -19,6 +19,7 @@ from structops.chain import Chain
 from structops.program import Move
 
 Shape = tuple[int, ...]
+Limits = tuple[int, int, int]  # bytes and tokens of a chunk at most, and tokens at least
 
 
 @dataclass
@@ -40,6 +41,11 @@ class Tuning:
     least_tokens: int = 63
     kernel_numbers: int = 2**17
     fused: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """What sets the chunks: intermediates are kept chunk by chunk, so both passes have to agree on it."""
+        return self.chunk_bytes, self.chunk_tokens, self.least_tokens
 
 
 tuning = Tuning()
@@ -75,9 +81,11 @@ class ChunkedChain:
 
     Args:
         chain: A chain without regroups that cost a copy; see `supports`.  Padding is not its business.
+        limits: Of the chunks.
     """
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, limits: Limits) -> None:
+        self.limits = limits
         self.chain, self.out_features = chain, chain.padded_out
         *self.products, self.output = chain.strided_moves
         self.widths = chain.intermediate_widths
@@ -216,7 +224,8 @@ class ChunkedChain:
         if x.device.type != "cpu":
             return [(0, x.shape[0])]
         numbers = (self.kept + self.out_features) * x.element_size()
-        most = max(tuning.least_tokens, min(tuning.chunk_tokens, tuning.chunk_bytes // numbers))
+        most_bytes, most_tokens, least_tokens = self.limits
+        most = max(least_tokens, min(most_tokens, most_bytes // numbers))
         return chunks(x.shape[0], most, self.lines)
 
 

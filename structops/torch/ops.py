@@ -17,7 +17,7 @@ from torch import Tensor
 
 from structops.chain import Chain
 from structops.contract import contract
-from structops.torch.chunks import ChunkedChain
+from structops.torch.chunks import ChunkedChain, Limits
 from structops.torch.fused import FusedPair
 
 _FORWARD = "(Tensor x, Tensor[] factors, str chain, bool keep) -> (Tensor, Tensor)"
@@ -28,23 +28,30 @@ _FUSED = "; fused"
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def to_text(chain: Chain, fused: bool = False) -> str:
-    """A chain, and how to run it, as text: graphs and exported programs hold all they need.
+def to_text(chain: Chain) -> str:
+    """A chain as text, to which `how_text` is added: graphs and exported programs hold all they need.
 
     Example:
-        >>> to_text(Chain("cd, bd, ac -> ab", dict(a=2, b=3, c=4, d=5)))
-        'cd, bd, ac -> ab; a=2, b=3, c=4, d=5'
+        >>> to_text(Chain("cd, bd, ac -> ab", dict(a=2, b=3, c=4, d=5))) + how_text((2**24, 2047, 63))
+        'cd, bd, ac -> ab; a=2, b=3, c=4, d=5; 16777216 2047 63'
     """
-    sizes = ", ".join(f"{label}={size}" for label, size in dict(chain.sizes).items())
-    return f"{chain.pattern}; {sizes}{_FUSED if fused else ''}"
+    return f"{chain.pattern}; " + ", ".join(f"{label}={size}" for label, size in dict(chain.sizes).items())
+
+
+def how_text(limits: Limits | None) -> str:
+    """How to run a chain, as text: in chunks within limits or, if None, as one fused kernel."""
+    return _FUSED if limits is None else f"; {limits[0]} {limits[1]} {limits[2]}"
 
 
 @cache
 def from_text(text: str) -> ChunkedChain | FusedPair:
     """The chain of a text, ready to run; derived once."""
-    pattern, sizes, *fused = text.split("; ")
+    pattern, sizes, how = text.split("; ")
     chain = Chain(pattern, {label: int(size) for label, size in re.findall(r"(\w)=(\d+)", sizes)})
-    return FusedPair(chain) if fused else ChunkedChain(chain)
+    if text.endswith(_FUSED):
+        return FusedPair(chain)
+    most_bytes, most_tokens, least_tokens = map(int, how.split())
+    return ChunkedChain(chain, (most_bytes, most_tokens, least_tokens))
 
 
 def autocasts(x: Tensor) -> bool:
@@ -58,7 +65,7 @@ def apply(x: Tensor, factors: Sequence[Tensor], chain: str, learns: bool, keep: 
     Args:
         x: Shape (tokens, in_features).
         factors: Stored factors, (blocks, fan_out, fan_in) each.
-        chain: The chain as `to_text` gives it.
+        chain: The chain, and how to run it, as `to_text` and `how_text` give it.
         learns: Whether a gradient may be asked for.
         keep: Whether to keep the intermediates for it; otherwise they are computed again.
     """
@@ -76,7 +83,7 @@ def chain_product(x: Tensor, factors: Sequence[Tensor], chain: str, keep: bool) 
     Args:
         x: Shape (tokens, in_features).
         factors: Stored factors, (blocks, fan_out, fan_in) each, of the dtype of x.
-        chain: The chain as `to_text` gives it.
+        chain: The chain, and how to run it, as `to_text` and `how_text` give it.
         keep: Whether to keep the intermediates for the gradient; otherwise they are computed again.
     """
     return from_text(chain).forward(x, factors, keep)

@@ -15,7 +15,7 @@ from structops.merging import CPU, GPU, Merged, plans
 from structops.spec import ChainPlan, Plan
 from structops.torch import ops
 from structops.torch.chunks import ChunkedChain, tuning
-from structops.torch.ops import to_text
+from structops.torch.ops import how_text, to_text
 from structops.torch.pair import pair_of
 from structops.torch.triton_pair import runs_here
 
@@ -73,9 +73,9 @@ class Way:
         self.moves = chain.moves
         self.padding = chain.padded_in - chain.in_features
         # Where nothing is copied, chunks have nothing to win, unless they shall not keep the intermediates.
-        chunked = (recompute or any(move.copies for move in chain.strided_moves)) and ChunkedChain.supports(chain)
-        self.text = to_text(chain) if chunked else ""
-        self.fused_text = to_text(chain, fused=True) if chunked and pair_of(chain) is not None else ""
+        self.chunked = (recompute or any(move.copies for move in chain.strided_moves)) and ChunkedChain.supports(chain)
+        self.text = to_text(chain)
+        self.is_pair = self.chunked and pair_of(chain) is not None
         self.numbers = sum(chain.intermediate_widths) + chain.out_features
         self.patience = _patience(chain)
 
@@ -85,7 +85,7 @@ class Way:
             factors = self.merged.factors(factors)
         if self.padding:
             x = pad(x, [(0, self.padding)])
-        y = self._chunked(factors, x) if self.text and self._may_be_large(x) else None
+        y = self._chunked(factors, x) if self.chunked and self._may_be_large(x) else None
         if y is None:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:
@@ -104,8 +104,9 @@ class Way:
             return None
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        fused = tuning.fused and self.fused_text and runs_here(x)
-        return ops.apply(rows, factors, self.fused_text if fused else self.text, learns, not (fused or self.recompute))
+        fused = tuning.fused and self.is_pair and runs_here(x)
+        text = self.text + how_text(None if fused else tuning.limits)
+        return ops.apply(rows, factors, text, learns, not (fused or self.recompute))
 
     def _is_large(self, x: Tensor, learns: bool) -> bool:
         """Whether chunks pay."""
