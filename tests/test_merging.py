@@ -11,14 +11,14 @@ from hypothesis import given
 
 pytest.importorskip("torch", reason="needs PyTorch")
 
-import torch  # noqa: E402
-from test_contract import chains, fewer_examples, integers, reference  # noqa: E402
+import torch
+from test_contract import chains, fewer_examples, integers, reference
 
-import structops as so  # noqa: E402
-from structops.contract import store  # noqa: E402
-from structops.errors import PatternError  # noqa: E402
-from structops.merging import CPU, Machine, merge, plans  # noqa: E402
-from structops.pattern import Step  # noqa: E402
+import structops as so
+from structops.contract import store
+from structops.errors import PatternError
+from structops.merging import CPU, Machine, merge, plans
+from structops.pattern import Step
 
 pytestmark = pytest.mark.torch
 
@@ -77,7 +77,7 @@ def test_where_arithmetic_counts_the_cheapest_order_wins():
     def price(groups: tuple[tuple[int, int], ...]) -> float:
         made = merge(chain, groups)
         once = sum(
-            math.prod(f.num_params for f in chain.factors[start:k + 1])
+            math.prod(f.num_params for f in chain.factors[start : k + 1])
             for start, end in groups
             for k in range(start + 1, end)
         )
