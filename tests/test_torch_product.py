@@ -26,6 +26,7 @@ from structops.torch import (  # noqa: E402
     ops,
     tuning,
 )
+from structops.torch import chunks as chunks_module  # noqa: E402
 from structops.torch.chunks import ChunkedChain, chunks  # noqa: E402
 from structops.torch.ops import apply, chain_product, from_text, how_text, to_text  # noqa: E402
 
@@ -223,6 +224,17 @@ def test_results_do_not_lie_in_reused_memory(chunked):
     torch.autograd.grad(structured(second).square().sum(), structured.factors[0])
     assert torch.equal(before, copied)
     assert torch.equal(gradient, kept)
+
+
+def test_inference_mode_leaves_memory_that_others_can_use(chunked, monkeypatch):
+    structured, x = layer("btt(rank=2)", bias=False), torch.randn(20, 24, dtype=torch.float64)
+    monkeypatch.setattr(chunks_module._local, "buffers", {}, raising=False)
+    with torch.inference_mode():
+        inferred = structured(x)
+    assert inferred.is_inference()
+    y = structured(x.requires_grad_())
+    assert torch.equal(y, inferred)
+    y.sum().backward()
 
 
 def test_both_passes_have_the_same_chunks(chunked, monkeypatch):
@@ -436,6 +448,16 @@ def test_meta_tensors_and_copies(chunked):
     x = torch.randn(20, 24, dtype=torch.float64)
     for other in (copy.deepcopy(structured), pickle.loads(pickle.dumps(structured))):
         assert torch.equal(other(x), structured(x))
+
+
+def test_saved_tensors_may_be_moved_in_between(chunked):
+    structured = layer("btt(rank=2)")
+    x = torch.randn(20, 24, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *structured.parameters()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        y = structured(x)
+    ours, wanted = (torch.autograd.grad(product.square().sum(), inputs) for product in (y, structured(x)))
+    assert all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True))
 
 
 def test_activation_checkpointing(chunked):

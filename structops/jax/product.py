@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from structops.contract import check_product, contract
-from structops.merging import Machine, plans
+from structops.merging import GPU, Machine, plans
 from structops.spec import ChainPlan, Plan
 
 XLA_CPU = Machine(move=90.0, side=32.0, call=1e6)
@@ -42,5 +42,6 @@ def product(plan: Plan, factors: Sequence[jax.Array], x: jax.Array) -> jax.Array
         return plan.apply(factors, x)
     check_product(plan, factors, x)
     tokens = math.prod(x.shape[:-1])
-    merged = next(merged for least, merged in reversed(plans(plan.chain, XLA_CPU)) if tokens >= least)
+    machine = XLA_CPU if jax.default_backend() == "cpu" else GPU
+    merged = next(merged for least, merged in reversed(plans(plan.chain, machine)) if tokens >= least)
     return contract(merged.chain, merged.factors(factors), x)

@@ -289,5 +289,6 @@ def _scratch(name: str, size: int, like: Tensor) -> Tensor:
     buffers = _local.__dict__.setdefault("buffers", {})
     buffer = buffers.get((name, like.dtype))
     if buffer is None or buffer.numel() < size:
-        buffer = buffers[name, like.dtype] = torch.empty(size, dtype=like.dtype)
+        with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside
+            buffer = buffers[name, like.dtype] = torch.empty(size, dtype=like.dtype)
     return buffer[:size]
