@@ -428,17 +428,32 @@ def test_compiles_to_one_graph(monkeypatch):
 
 @pytest.mark.slow
 @jit_is_deprecated
-def test_exports_with_any_number_of_tokens(tmp_path, monkeypatch):
+def test_exports_for_any_number_of_tokens_and_without_operators_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "kernel_numbers", 0)
     structured = layer("btt(rank=2)")
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     example = torch.randn(20, 24, dtype=torch.float64)
     program = torch.export.export(structured, (example,), dynamic_shapes=({0: tokens},))
-    assert any(node.target is torch.ops.structops.chain_product.default for node in program.graph.nodes)
+    assert not any("structops" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     x = torch.randn(51, 24, dtype=torch.float64)
     torch.testing.assert_close(loaded(x), structured(x))
+
+
+@jit_is_deprecated
+def test_the_operator_exports():
+    chain = so.structure("btt(rank=2)").chain(12, 18)
+
+    class Model(nn.Module):
+        def forward(self, x, first, last):
+            return chain_product(x, [first, last], text_of(chain), False)[0]
+
+    factors = [torch.randn(shape, dtype=torch.float64) for shape in chain.stored_shapes]
+    program = torch.export.export(Model(), (torch.randn(20, 12, dtype=torch.float64), *factors))
+    assert any(node.target is torch.ops.structops.chain_product.default for node in program.graph.nodes)
+    x = torch.randn(20, 12, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x, *factors), so.contract(chain, factors, x))
 
 
 def test_meta_tensors_and_copies(chunked):

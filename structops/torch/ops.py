@@ -1,4 +1,4 @@
-"""Chains as operators of PyTorch, ``torch.ops.structops``: seen by compilers and exporters as one call.
+"""Chains as operators of PyTorch, ``torch.ops.structops``: seen by compilers as one call.
 
 ``chain_product`` has rules for fake tensors, autograd, autocast and vmap.  `apply` is what layers call: that operator
 while a compiler looks on, else an autograd function, which took 130 of 460 microseconds off a small step.  A second
@@ -27,7 +27,7 @@ _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def to_text(chain: Chain) -> str:
-    """A chain as text, to which `how_text` is added: graphs and exported programs hold all they need.
+    """A chain as text, to which `how_text` is added: graphs of compilers hold all they need.
 
     Example:
         >>> to_text(Chain("cd, bd, ac -> ab", dict(a=2, b=3, c=4, d=5))) + how_text((2**24, 2047, 63))

@@ -94,8 +94,9 @@ class Way:
 
     def _may_be_large(self, x: Tensor) -> bool:
         """Whether there is anything to ask: small layers have no time for more."""
-        numbers = x.numel() // x.shape[-1] * self.numbers
-        return numbers >= tuning.kernel_numbers or self.recompute or torch.compiler.is_exporting()
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # programs shall run without structops
+            return False
+        return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers or self.recompute
 
     def _chunked(self, factors: Sequence[Tensor], x: Tensor) -> Tensor | None:
         """The product in chunks of tokens (tokens, padded_out), or None where the plain products are better."""
@@ -110,7 +111,7 @@ class Way:
 
     def _is_large(self, x: Tensor, learns: bool) -> bool:
         """Whether chunks pay."""
-        if torch.compiler.is_exporting() or (learns and self.recompute):
+        if learns and self.recompute:
             return True
         patience = self.patience[0 if learns else 1]
         return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers * patience
