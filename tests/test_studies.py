@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from structops import report
 from structops.algebra.closure import ROWS
 from structops.algebra.counting import macs
 from structops.power_law import fit
-from structops.studies import algebra, closure, report
+from structops.studies import algebra, closure
 from structops.studies import demo as study
 from structops.studies.mlp import MLP, width_for
 from structops.studies.training import Recipe, Result, epochs
