@@ -173,20 +173,33 @@ def test_frozen_inputs_get_no_gradient(frozen, chunked):
     assert chunked
 
 
+def saved_numbers(structured, tokens):
+    """Numbers that a forward pass keeps for the backward pass, without the factors."""
+    saved, parameters = {}, {factor.untyped_storage().data_ptr() for factor in structured.factors}
+
+    def note(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            saved[memory.data_ptr()] = memory.nbytes() // 8
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        structured(torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True))
+    return sum(saved.values())
+
+
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "tt(rank=2)", "btt(rank=2, num_cores=3)", "blast(rank=3, blocks=2)"])
 def test_saved_activations_are_those_of_the_chain(spec, chunked):
     chain = so.structure(spec).chain(24, 36)
-    for recompute, wanted in ((False, chain.saved_activations), (True, chain.in_features)):
-        structured, saved = layer(spec, bias=False, recompute=recompute), {}
+    assert saved_numbers(layer(spec, bias=False), 50) == 50 * chain.saved_activations
+    assert saved_numbers(layer(spec, bias=False, recompute=True), 50) == 50 * chain.in_features
 
-        def note(tensor, saved=saved, structured=structured):
-            if all(tensor is not factor for factor in structured.factors):
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            structured(torch.randn(50, 24, dtype=torch.float64, requires_grad=True))
-        assert sum(saved.values()) == 50 * wanted
+@pytest.mark.parametrize("spec", ["btt(rank=2)", "tt(rank=2)", "low_rank(rank=3)"])
+def test_small_layers_keep_their_promises_too(spec):
+    chain = so.structure(spec).chain(24, 36)
+    assert saved_numbers(layer(spec, bias=False), 5) == 5 * chain.saved_activations
+    assert saved_numbers(layer(spec, bias=False, recompute=True), 5) == 5 * chain.in_features
 
 
 def test_nothing_is_kept_where_nothing_learns(chunked):
