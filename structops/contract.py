@@ -9,7 +9,7 @@ from typing import Any
 from structops._array import Array, backend_of, matmul, pad, permute, repeat
 from structops.chain import Chain
 from structops.errors import BackendError, ShapeError
-from structops.program import Move
+from structops.program import Move, inverse
 
 
 def contract(chain: Chain, factors: Sequence[Array], x: Array) -> Array:
@@ -88,9 +88,8 @@ def unstore(chain: Chain, factors: Sequence[Array]) -> tuple[Array, ...]:
     _check_stored(chain, factors)
     arrays = []
     for step, factor in zip(chain.factor_steps, factors, strict=True):
-        array = factor.reshape(chain.shape_of(step.batch + step.emitted + step.contracted))
-        back = tuple(step.axes.index(axis) for axis in range(len(step.axes)))
-        arrays.append(permute(array, back))
+        array = factor.reshape(chain.shape_of(step.stored))
+        arrays.append(permute(array, inverse(step.axes)))
     return tuple(arrays)
 
 

@@ -35,11 +35,11 @@ class Machine:
 
 
 CPU = Machine(move=50.0, side=8.0, call=1e6)
-"""Fitted to the machine of docs/speed.md."""
+"""By hand, from products and copies measured on the machine of docs/speed.md."""
 GPU = Machine(move=350.0, side=32.0, call=2e9)
 """From an H200's bfloat16 FLOP/s and bandwidth; not measured."""
 GAIN = 0.8
-"""Merging has to promise this share of the time; the estimates are no better."""
+"""Merging has to promise at most this share of the time; the estimates are no better."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def merge(chain: Chain, groups: Groups) -> Merged:
         if end - start > 1:
             terms[places[start] : places[end - 1] + 1] = [_product_term(chain, start, end)]
     merged = Chain(", ".join(terms[:-1]) + " -> " + terms[-1], chain.sizes, chain.in_features, chain.out_features)
-    stored = ["".join((step.batch, step.emitted, step.contracted)) for step in chain.factor_steps]
+    stored = [step.stored for step in chain.factor_steps]
     equations = tuple(
-        ",".join(stored[start:end]) + "->" + step.batch + step.emitted + step.contracted if end - start > 1 else ""
+        ",".join(stored[start:end]) + "->" + step.stored if end - start > 1 else ""
         for (start, end), step in zip(groups, merged.factor_steps, strict=True)
     )
     return Merged(merged, groups, equations, tuple(chain.shape_of(labels) for labels in stored))

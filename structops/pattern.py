@@ -19,9 +19,14 @@ class Step:
     shared: str
 
     @property
+    def stored(self) -> str:
+        """The labels in the order in which the factor is stored."""
+        return self.batch + self.emitted + self.contracted
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """The permutation of the factor's axes that stores it as batch, emitted, contracted."""
-        return tuple(self.labels.index(label) for label in self.batch + self.emitted + self.contracted)
+        return tuple(self.labels.index(label) for label in self.stored)
 
 
 @dataclass(frozen=True)

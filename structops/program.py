@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from structops.pattern import Regroup, Step
 
@@ -187,22 +187,11 @@ def copied_moves(
             yield _reread(order, TOKENS + before, size)
             order = TOKENS + _long(step.after, size)
             continue
-        batch, contracted = _long(step.batch, size), _long(step.contracted, size)
-        emitted = _long(step.emitted, size)
+        batch, contracted, emitted = (_long(labels, size) for labels in (step.batch, step.contracted, step.emitted))
         kept = "".join(label for label in order if label not in batch + contracted)
-        blocks, rows, columns = _size(batch, size), _size(emitted, size), _size(contracted, size)
         is_turned = tokens_last and order[0] == TOKENS  # x and regrouped states come so: XLA turns them by itself
-        rising = tokens_last and not is_turned
-        target = batch + contracted + kept if rising else batch + kept + contracted
-        ahead = (blocks,) if blocks > 1 else ()
-        yield Move(
-            state=_shape(order, size),
-            axes=tuple(order.index(label) for label in target),
-            matrix=(*ahead, columns, -1) if rising else (*ahead, -1, columns),
-            factor=(*ahead, rows, columns),
-            tokens_last=tokens_last,
-            is_turned=is_turned,
-        )
+        move = _product(order, step, (batch, contracted, kept), tokens_last and not is_turned, size)
+        yield replace(move, tokens_last=tokens_last, is_turned=is_turned)
         order = batch + emitted + kept if tokens_last else batch + kept + emitted
     yield _reread(order, _long(TOKENS + output, size), size)
 
@@ -215,6 +204,11 @@ def _reread(order: str, target: str, size: Mapping[str, int]) -> Move:
     axes = tuple(order.index(label) for label in target)
     flat = (-1, _size(target[1:], size))
     return Move(_shape(order, size), axes, flat, joins=len(target) != 2, copies=order != target)
+
+
+def inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes one."""
+    return tuple(axes.index(axis) for axis in range(len(axes)))
 
 
 def _long(labels: str, size: Mapping[str, int]) -> str:

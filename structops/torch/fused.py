@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from structops.chain import Chain
+from structops.errors import PatternError
 from structops.torch.pair import Pair, pair_of
 from structops.torch.triton_pair import fused_pair, fused_pair_backward
 
@@ -23,7 +24,9 @@ class FusedPair:
     def __init__(self, chain: Chain) -> None:
         pair = pair_of(chain)
         if pair is None:
-            raise ValueError(f"{chain} is no pair of factors")
+            raise PatternError(
+                f"expected two factors without shared labels, copies or padding, got {chain}; chunks run any"
+            )
         self.chain, self.out_features = chain, chain.out_features
         self.pair: Pair = pair
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from structops.chain import Chain
+from structops.program import inverse
 
 
 class Sizes(NamedTuple):
@@ -47,7 +48,7 @@ class View:
 
     def back(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The tensor of this shape that is seen like that."""
-        return view.permute([self.axes.index(axis) for axis in range(len(self.axes))]).reshape(shape)
+        return view.permute(inverse(self.axes)).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -85,18 +85,13 @@ class Way:
             factors = self.merged.factors(factors)
         if self.padding:
             x = pad(x, [(0, self.padding)])
-        y = self._chunked(factors, x) if self.chunked and self._may_be_large(x) else None
+        # Small layers have no time to ask for more than the size.
+        y = self._chunked(factors, x) if self.chunked and self._is_large(x, learns=True) else None
         if y is None:
             y = products(self.moves, factors, x)
         if self.chain.padded_out != self.chain.out_features:
             y = y[:, : self.chain.out_features]
         return y if x.ndim == 2 else y.reshape((*x.shape[:-1], self.chain.out_features))
-
-    def _may_be_large(self, x: Tensor) -> bool:
-        """Whether there is anything to ask: small layers have no time for more."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # programs shall run without structops
-            return False
-        return x.numel() // x.shape[-1] * self.numbers >= tuning.kernel_numbers or self.recompute
 
     def _chunked(self, factors: Sequence[Tensor], x: Tensor) -> Tensor | None:
         """The product in chunks of tokens (tokens, padded_out), or None where the plain products are better."""
@@ -110,7 +105,9 @@ class Way:
         return ops.apply(rows, factors, text, learns, not (fused or self.recompute))
 
     def _is_large(self, x: Tensor, learns: bool) -> bool:
-        """Whether chunks pay."""
+        """Whether chunks pay; with gradients they do so earlier."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # programs shall run without structops
+            return False
         if learns and self.recompute:
             return True
         patience = self.patience[0 if learns else 1]
