@@ -13,6 +13,7 @@ from .chain import Factor as Factor
 from .contract import contract as contract
 from .errors import BackendError as BackendError
 from .errors import DensifyWarning as DensifyWarning
+from .errors import EntryError as EntryError
 from .errors import GradientError as GradientError
 from .errors import PatternError as PatternError
 from .errors import ShapeError as ShapeError

@@ -22,6 +22,10 @@ class BackendError(TypeError):
     """An array of a library, or a mixture of libraries or dtypes, that structops does not compute with."""
 
 
+class EntryError(ValueError):
+    """Numbers that a method cannot work with: infinite, none at all, or without a property that they must have."""
+
+
 class GradientError(NotImplementedError):
     """The gradient of an algorithm that has none; the message names those that have."""
 

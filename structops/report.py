@@ -15,8 +15,19 @@ from rich.table import Table
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write data as indented JSON."""
-    _replace(path, lambda file: file.write(json.dumps(data, indent=1).encode()))
+    """Write data as JSON with a line for every entry of its lists and dictionaries, down to two levels."""
+    text = _lines(data, levels=2)
+    _replace(path, lambda file: file.write(text.encode()))
+
+
+def _lines(data: Any, levels: int) -> str:
+    """JSON whose upper levels are spread over lines."""
+    if not levels or not isinstance(data, (dict, list)) or not data:
+        return json.dumps(data)
+    if isinstance(data, list):
+        return "[\n" + ",\n".join(_lines(value, levels - 1) for value in data) + "\n]"
+    entries = (f"{json.dumps(str(key))}: {_lines(value, levels - 1)}" for key, value in data.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
 
 
 def write_text(path: Path, text: str) -> None:

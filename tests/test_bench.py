@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -120,6 +121,21 @@ def test_crossover(speedups, size, text):
 # --------------------------------------------------------------------------------------------------------------- clock
 
 
+def test_every_round_has_another_order_and_every_run_the_same():
+    def orders():
+        order = []
+        contestants = {name: (lambda name=name: order.append(name)) for name in "abcde"}
+        ticks = iter(range(10**6))
+        clock.alternate(contestants, repeats=20, min_seconds=1, clock=lambda: float(next(ticks)))
+        return ["".join(order[-5 * k : len(order) - 5 * k + 5]) for k in range(1, 21)]
+
+    found = orders()
+    assert all(sorted(each) == list("abcde") for each in found)
+    followers = {pair for each in found for pair in itertools.pairwise(each)}
+    assert len(followers) == 20, "somebody never comes right after another"
+    assert found == orders()
+
+
 def test_contestants_alternate_and_are_called_until_a_timing_is_long_enough():
     now, order = [0.0], []
 
@@ -135,8 +151,7 @@ def test_contestants_alternate_and_are_called_until_a_timing_is_long_enough():
     )
     assert timings["fast"] == clock.Timing(4, (0.25,) * 3)
     assert timings["slow"] == clock.Timing(1, (2.0,) * 3)
-    fast, slow = ["fast"] * 4, ["slow"]
-    assert order[-15:] == fast + slow + slow + fast + fast + slow
+    assert sorted(order[-15:]) == ["fast"] * 12 + ["slow"] * 3
     assert clock.ratio(timings["slow"], timings["fast"]) == 8
 
 

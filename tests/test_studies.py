@@ -112,6 +112,11 @@ def test_summary_is_the_mean_over_seeds():
 
 
 def test_files_are_whole_or_absent(tmp_path):
+    data = {"a": [{"x": 1, "y": [1, 2]}, {"x": None}], "b": {}, "c": "text", "d": []}
+    report.write_json(tmp_path / "b.json", data)
+    text = (tmp_path / "b.json").read_text()
+    assert json.loads(text) == data
+    assert '{"x": 1, "y": [1, 2]},\n' in text
     report.write_json(tmp_path / "new" / "a.json", {"x": 1})
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
     with pytest.raises(TypeError):

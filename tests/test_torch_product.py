@@ -20,6 +20,7 @@ from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import structops as so  # noqa: E402
+from structops.bench.memory import saved_bytes  # noqa: E402
 from structops.contract import store, unstore  # noqa: E402
 from structops.torch import (  # noqa: E402
     StructuredLinear,
@@ -175,17 +176,8 @@ def test_frozen_inputs_get_no_gradient(frozen, chunked):
 
 def saved_numbers(structured, tokens):
     """Numbers that a forward pass keeps for the backward pass, without the factors."""
-    saved, parameters = {}, {factor.untyped_storage().data_ptr() for factor in structured.factors}
-
-    def note(tensor):
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in parameters:
-            saved[memory.data_ptr()] = memory.nbytes() // 8
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        structured(torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True))
-    return sum(saved.values())
+    x = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
+    return saved_bytes(structured, x, list(structured.parameters())) / 8
 
 
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "tt(rank=2)", "btt(rank=2, num_cores=3)", "blast(rank=3, blocks=2)"])

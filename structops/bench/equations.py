@@ -5,7 +5,8 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
-from structops.chain import Chain, Regroup, Step
+from structops.chain import Chain
+from structops.pattern import Regroup, Step
 
 TOKENS = "Z"  # einsum knows letters only; the labels of a chain get the others
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from structops import _array
 from structops._array import Array
-from structops.chain import Chain, Regroup
+from structops.chain import Chain
+from structops.pattern import Regroup
 from structops.projection.target import Factors, Target, ordered
 
 

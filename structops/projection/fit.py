@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from structops import _array
 from structops._array import Array, Dtype
-from structops.errors import BackendError, ShapeError, StructureError
+from structops.errors import BackendError, EntryError, ShapeError, StructureError
 from structops.operators.circulant import CirculantPlan
 from structops.operators.convolution import ConvolutionPlan
 from structops.operators.toeplitz import ToeplitzPlan
@@ -65,8 +65,8 @@ def project(
     Raises:
         ShapeError: ``W`` is not a matrix, or ``covariance`` not of its width.
         BackendError: No torch or JAX arrays, a mixture, or no floating-point numbers.
-        StructureError: The structure cannot have this shape, or has no projection.
-        ValueError: Entries that are not finite, or a covariance that is not symmetric with a nonnegative diagonal.
+        StructureError: The structure cannot have this shape, or has no projection; or ``refine`` or ``seed`` is none.
+        EntryError: Entries that are not finite, or a covariance that is not symmetric with a nonnegative diagonal.
 
     **Cost.** That of `fit`.
 
@@ -126,7 +126,7 @@ def fit(
         ShapeError: ``W`` is not a matrix, or ``covariance`` not of its width.
         BackendError: No torch or JAX arrays, a mixture, or no floating-point numbers.
         StructureError: The structure cannot have this shape, or has no projection; the message names those that have.
-        ValueError: Entries that are not finite, or a covariance that is not symmetric with a nonnegative diagonal.
+        EntryError: Entries that are not finite, or a covariance that is not symmetric with a nonnegative diagonal.
 
     **Shapes.** Factors are scaled so that both sides of a bond have equal norms, index by index, and the largest entry
     of the side that is applied first is positive.
@@ -194,7 +194,8 @@ def _check(W: Array, options: Options) -> None:
     Raises:
         ShapeError: Wrong axes.
         BackendError: Wrong libraries or dtypes.
-        ValueError: Wrong numbers.
+        StructureError: Wrong arguments.
+        EntryError: Wrong numbers.
     """
     covariance, refine, seed = options.covariance, options.refine, options.seed
     backend = _array.backend_of(W)
@@ -204,7 +205,7 @@ def _check(W: Array, options: Options) -> None:
         raise BackendError(f"expected W of floating-point numbers, got {W.dtype}")
     for name, value in (("refine", refine), ("seed", seed)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"{name} must be a whole number of at least 0, or None, got {value!r}")
+            raise StructureError(f"{name} must be a whole number of at least 0, or None, got {value!r}")
     _check_finite("W", W)
     if covariance is None:
         return
@@ -224,22 +225,22 @@ def _check(W: Array, options: Options) -> None:
         largest, diagonal = float(xp.max(xp.abs(C))), xp.linalg.diagonal(C)
         off = float(xp.max(xp.abs(C - _array.adjoint(C))))
         if off > (2e-2 if C.dtype != covariance.dtype else 1e-4) * largest:
-            raise ValueError(f"expected a symmetric covariance, got one that differs from its transpose by {off:.3g}")
+            raise EntryError(f"expected a symmetric covariance, got one that differs from its transpose by {off:.3g}")
         least = float(xp.min(diagonal.real if _array.is_complex(C.dtype) else diagonal))
         if least < 0:
-            raise ValueError(f"expected a covariance without negative entries on its diagonal, got {least:.3g}")
+            raise EntryError(f"expected a covariance without negative entries on its diagonal, got {least:.3g}")
 
 
 def _check_finite(what: str, M: Array) -> None:
     """Infinities and NaN would spread to all factors.
 
     Raises:
-        ValueError: There are some.
+        EntryError: There are some.
     """
     xp = _array.namespace(M)
     if _array.is_concrete(M) and not bool(xp.all(xp.isfinite(M))):
         count = int((~xp.isfinite(M)).sum())
-        raise ValueError(f"expected finite entries, got {count} in {what} that are infinite or no number")
+        raise EntryError(f"expected finite entries, got {count} in {what} that are infinite or no number")
 
 
 def _moments(covariance: Array, W: Array) -> Array:

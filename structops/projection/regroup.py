@@ -15,8 +15,9 @@ import numpy as np
 
 from structops import _array
 from structops._array import Array
-from structops.chain import Chain, Regroup
+from structops.chain import Chain
 from structops.errors import StructureError
+from structops.pattern import Regroup
 from structops.projection.target import Factors, ordered
 
 
