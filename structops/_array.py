@@ -144,6 +144,24 @@ def real_of(dtype: Dtype) -> Dtype:
     return np.zeros((), dtype).real.dtype
 
 
+def wide(like: Array) -> Dtype:
+    """Double precision, real or complex as the array is, where the library and the device have it."""
+    if backend_of(like) == "torch":
+        torch = sys.modules["torch"]
+        has, names = like.device.type != "mps", torch
+    else:
+        jax = sys.modules["jax"]
+        has, names = jax.config.jax_enable_x64, jax.numpy
+    if not has:
+        return like.dtype
+    return names.complex128 if is_complex(like.dtype) else names.float64
+
+
+def real_part(x: Array) -> Array:
+    """The real part; a real array itself."""
+    return x.real if is_complex(x.dtype) else x
+
+
 def is_floating(dtype: Dtype) -> bool:
     """Whether ``dtype`` is real or complex floating point: what parameters may be."""
     return "float" in str(dtype) or is_complex(dtype)

@@ -43,7 +43,7 @@ def fit_toeplitz(plan: ToeplitzPlan, W: Array, options: Options) -> Found:
     rows, cols = W.shape
     xp, count, covariance = _array.namespace(W), rows + cols - 1, options.covariance
     filled = np.minimum(np.minimum(np.arange(1, count + 1), np.arange(count, 0, -1)), min(rows, cols))
-    diagonals = diagonal_sums(W) / xp.asarray(filled.astype(np.float64), dtype=_real(W), device=W.device)
+    diagonals = diagonal_sums(W) / xp.asarray(filled.astype(np.float64), dtype=_array.real_of(W.dtype), device=W.device)
     if covariance is not None:
         # Row i has the diagonals i ... i + in - 1, in reverse: the covariance, turned round, from (i, i) on.
         gram = _smeared(_array.pad(xp.flip(covariance, axis=(0, 1)), [(0, rows - 1)] * 2), rows)
@@ -133,7 +133,3 @@ def _met(spread: Array, first: tuple[np.ndarray, ...], second: tuple[np.ndarray,
     xp = _array.namespace(spread)
     rows, cols = (xp.asarray(p, device=spread.device) for p in (first[1][at_first], second[1][at_second]))
     return _array.permute(spread, (1, 3, 0, 2))[rows, cols].sum(0)
-
-
-def _real(W: Array) -> _array.Dtype:
-    return _array.real_of(W.dtype)

@@ -14,7 +14,6 @@ from structops.projection import alternating, blocks, factoring
 from structops.projection.gauge import balanced
 from structops.projection.method import Found, Options
 from structops.projection.regroup import Plain, plain
-from structops.projection.solving import wide
 from structops.projection.target import Factors, Target
 from structops.spec import ChainPlan
 
@@ -38,7 +37,7 @@ def fit_chain(plan: ChainPlan, W: Array, options: Options) -> Found:
     if found.optimality == "exact":
         sweeps = 1 if is_weighted else 0
     if sweeps:  # normal equations square the condition
-        W = _array.cast(W, wide(W))
+        W = _array.cast(W, _array.wide(W))
     target = Target.of(flat.chain, W, options.covariance)
     factors = flat.trimmed(factoring.sequence(target))
     if sweeps:

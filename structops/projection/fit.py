@@ -13,7 +13,6 @@ from structops.operators.toeplitz import ToeplitzPlan
 from structops.projection.averages import fit_circulant, fit_convolution, fit_toeplitz
 from structops.projection.chains import fit_chain
 from structops.projection.method import Method, Optimality, Options
-from structops.projection.solving import wide
 from structops.spec import ChainPlan, Plan, Structure, registry, structure
 
 # From the plan of a structure to its method.  A new structure that is a chain needs no line.
@@ -161,7 +160,7 @@ def fit(
     method = _method(s, plan)
     W = _array.cast(W, working(W))
     if covariance is not None:
-        W = _array.cast(W, wide(W))
+        W = _array.cast(W, _array.wide(W))
         options = Options(_moments(covariance, W), refine, seed)
     found = method(plan, W, options)
     factors = [_array.cast(factor, given) for factor in found.factors]
@@ -226,7 +225,7 @@ def _check(W: Array, options: Options) -> None:
         off = float(xp.max(xp.abs(C - _array.adjoint(C))))
         if off > (2e-2 if C.dtype != covariance.dtype else 1e-4) * largest:
             raise EntryError(f"expected a symmetric covariance, got one that differs from its transpose by {off:.3g}")
-        least = float(xp.min(diagonal.real if _array.is_complex(C.dtype) else diagonal))
+        least = float(xp.min(_array.real_part(diagonal)))
         if least < 0:
             raise EntryError(f"expected a covariance without negative entries on its diagonal, got {least:.3g}")
 
@@ -272,6 +271,5 @@ def _error(plan: Plan, factors: list[Array], W: Array, covariance: Array | None)
 def _square(M: Array, weighted: Array) -> Array:
     """``<M, weighted>``, which rounding could make negative."""
     xp = _array.namespace(M)
-    value = (xp.conj(M) * weighted).sum()
-    value = value.real if _array.is_complex(value.dtype) else value
+    value = _array.real_part((xp.conj(M) * weighted).sum())
     return xp.where(value > 0, value, xp.zeros_like(value))

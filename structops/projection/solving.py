@@ -1,24 +1,9 @@
-"""Inverses of positive semidefinite matrices that may be singular, and the precision to compute them in."""
+"""Inverses of positive semidefinite matrices that may be singular."""
 
 from __future__ import annotations
 
-import sys
-
 from structops import _array
-from structops._array import Array, Dtype
-
-
-def wide(like: Array) -> Dtype:
-    """Double precision, real or complex as the array is, where the library and the device have it."""
-    if _array.backend_of(like) == "torch":
-        torch = sys.modules["torch"]
-        has, names = like.device.type != "mps", torch
-    else:
-        jax = sys.modules["jax"]
-        has, names = jax.config.jax_enable_x64, jax.numpy
-    if not has:
-        return like.dtype
-    return names.complex128 if _array.is_complex(like.dtype) else names.float64
+from structops._array import Array
 
 
 def root_and_inverse(C: Array) -> tuple[Array, Array]:

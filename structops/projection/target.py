@@ -49,7 +49,7 @@ class Target:
             total = (_array.namespace(W).abs(W) ** 2).sum()
             return cls(chain, tensor, weight, None, total, tensor)
         moments = W @ covariance
-        total = real((_array.namespace(W).conj(W) * moments).sum())
+        total = _array.real_part((_array.namespace(W).conj(W) * moments).sum())
         spread = _array.pad(covariance, [(0, chain.padded_in - chain.in_features)] * 2)
         inputs = chain.terms[0]
         names = inputs + _primed_columns(chain, inputs)
@@ -96,9 +96,9 @@ class Target:
         if self.covariance is None:
             return (xp.abs(left) ** 2).sum()
         if not passing_labels(self.chain):
-            return real((xp.conj(left) * self.times_covariance(left)).sum())
+            return _array.real_part((xp.conj(left) * self.times_covariance(left)).sum())
         after = self.times_covariance(product)  # entries beside the tensor count, too
-        return self.total + real((xp.conj(product) * (after - 2 * self.moments)).sum())
+        return self.total + _array.real_part((xp.conj(product) * (after - 2 * self.moments)).sum())
 
     def cast(self, dtype: _array.Dtype) -> Target:
         """The same target in another dtype."""
@@ -131,11 +131,6 @@ def contract(operands: Sequence[tuple[str, Array]], output: str) -> Array:
 def ordered(array: Array, labels: str, order: str) -> Array:
     """An array whose axes are ``labels`` with the axes in another order."""
     return array if labels == order else _array.permute(array, tuple(labels.index(label) for label in order))
-
-
-def real(value: Array) -> Array:
-    """The real part."""
-    return value.real if _array.is_complex(value.dtype) else value
 
 
 def _primed_columns(chain: Chain, labels: str) -> str:
