@@ -12,7 +12,7 @@ from structops.operators.convolution import ConvolutionPlan
 from structops.operators.toeplitz import ToeplitzPlan
 from structops.projection.averages import fit_circulant, fit_convolution, fit_toeplitz
 from structops.projection.chains import fit_chain
-from structops.projection.method import Method, Optimality, Options
+from structops.projection.method import Found, Method, Optimality, Options
 from structops.spec import ChainPlan, Plan, Structure, registry, structure
 
 # From the plan of a structure to its method.  A new structure that is a chain needs no line.
@@ -151,6 +151,19 @@ def fit(
         >>> round(float(error), 4)  # the first input is always zero
         0.0
     """
+    plan, found, error = fit_factors(W, spec, covariance=covariance, refine=refine, seed=seed)
+    return Fit(plan.operator(found.factors), error, found.optimality, found.reason)
+
+
+def fit_factors(
+    W: Array,
+    spec: str | Structure,
+    *,
+    covariance: Array | None = None,
+    refine: int | None = None,
+    seed: int | None = None,
+) -> tuple[Plan, Found, Array]:
+    """`fit` for layers: the plan, what was found with its stored factors, and the relative error."""
     options = Options(covariance, refine, seed)
     _check(W, options)
     W = W.detach() if hasattr(W, "detach") else W
@@ -164,7 +177,7 @@ def fit(
         options = Options(_moments(covariance, W), refine, seed)
     found = method(plan, W, options)
     factors = [_array.cast(factor, given) for factor in found.factors]
-    return Fit(plan.operator(factors), _error(plan, factors, W, options.covariance), found.optimality, found.reason)
+    return plan, found.having(factors), _error(plan, factors, W, options.covariance)
 
 
 def _method(spec: Structure, plan: Plan) -> Method:
