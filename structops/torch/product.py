@@ -31,7 +31,7 @@ class Product:
     """
 
     def __init__(self, plan: Plan, recompute: bool = False) -> None:
-        self.plan = plan
+        self.plan, self.recompute = plan, recompute
         self.in_features = plan.in_features
         self.on_cpu: tuple[tuple[int, Way], ...] = ()
         self.on_gpu: tuple[tuple[int, Way], ...] = ()
