@@ -34,7 +34,7 @@ LAYERS = (
     {"algebra"},
     {"operators"},
     {"projection", "mup"},
-    {"sampling", "normalise"},
+    {"sampling", "normalise", "conversion", "_progress"},
     {"torch", "jax"},
     {"report"},
     {"studies", "bench", "testing"},
@@ -60,7 +60,7 @@ ALLOWED = {
     "sklearn": ABOVE,
     "scipy": ABOVE,
     "typer": ABOVE,
-    "rich": ABOVE,
+    "rich": ABOVE | {"_progress"},
 }
 
 

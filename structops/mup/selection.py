@@ -11,7 +11,16 @@ from structops.chain import Factor
 from structops.errors import StructureError
 from structops.mup.plan import ROLES, Weight
 
-READOUTS = ("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer")
+# Last parts of the names of layers whose outputs are the model's.
+READOUTS = (
+    *("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer", "logits", "score"),
+    *("qa_outputs", "proj_out", "output_projection"),
+)
+# Last parts of the names of layers whose outputs are added to a residual stream, in common code bases.
+RESIDUAL_ENDS = (
+    *("o_proj", "c_proj", "out_proj", "down_proj", "fc2", "output.dense", "linear2", "wo", "w2", "proj"),
+    *("Attention.o", "attn.o", "attention.o", "dense_4h_to_h"),
+)
 
 
 def with_roles(found: list[Weight], roles: Mapping[str, str]) -> list[Weight]:

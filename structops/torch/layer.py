@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,19 @@ from structops.normalise import check_weight_norm, rms_cap, rms_caps
 from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
 from structops.torch.product import Product
+from structops.torch.standin import stand_in
+
+
+class Projection(NamedTuple):
+    """How near a layer came to the dense weight that it was projected from.
+
+    Attributes:
+        error: Relative error in the Frobenius norm, or in that of the covariance of the inputs.
+        optimality: ``"exact"``, ``"quasi"`` or ``"local"``; see `structops.projection.fit`.
+    """
+
+    error: float
+    optimality: str
 
 
 class StructuredLinear(nn.Module):
@@ -39,6 +52,10 @@ class StructuredLinear(nn.Module):
         gains: Parameter (number of factors,), or None: scalars, for the plain learning rate and no weight decay.
         bias: Parameter (out_features,), or None.
         plan: The structure at this size: sizes of the factors, counts, ``apply``.
+        weight: A stand-in with the dtype, device and shape of the dense weight, for code that reads those; numeric use
+            raises.
+        kind: ``"Linear"``, or the class of another linear layer that it replaces, for `structops.torch.densify`.
+        projection: How near the factors came to the dense weight they were projected from, or None.
 
     Raises:
         StructureError: The structure is unknown or cannot have these sizes, or ``weight_norm`` is unknown.
@@ -56,6 +73,9 @@ class StructuredLinear(nn.Module):
         >>> layer(torch.zeros(5, 64)).shape
         torch.Size([5, 48])
     """
+
+    kind: str = "Linear"
+    projection: Projection | None = None
 
     def __init__(
         self,
@@ -112,6 +132,11 @@ class StructuredLinear(nn.Module):
         parameters = self.factors
         factors = [getattr(parameters, name) for name in self._names]  # a quarter of the time of list(parameters)
         return rms_cap(factors, self.caps, self.gains) if self.weight_norm else factors
+
+    @property
+    def weight(self) -> Tensor:
+        """Dtype, device and shape of the dense weight; it has no numbers."""
+        return stand_in(self.out_features, self.in_features, self.factors[0])
 
     def operator(self) -> StructuredOperator:
         """The weight as an operator of shape (out_features, in_features).

@@ -1,0 +1,28 @@
+"""Progress bars for long work on models; quiet where nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, shown: bool | None = None) -> Iterator[T]:
+    """The items one by one, and a bar on standard error that goes away at the end.
+
+    Args:
+        items: What to go through.
+        what: What is done with them, in front of the bar.
+        total: How many they are, if ``items`` has no length.
+        shown: Whether to show the bar; by default in a terminal or a notebook.
+    """
+    console = Console(stderr=True)
+    if shown is None:
+        shown = console.is_terminal or console.is_jupyter
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        yield from progress.track(items, total=total, description=what)

@@ -1,0 +1,9 @@
+"""Which layers of a model get which structure, what that saves, and how it is written down; no arrays, no libraries."""
+
+from structops.conversion.report import Conversion as Conversion
+from structops.conversion.report import Kept as Kept
+from structops.conversion.report import Row as Row
+from structops.conversion.report import row_of as row_of
+from structops.conversion.selection import Choice as Choice
+from structops.conversion.selection import Layer as Layer
+from structops.conversion.selection import choose as choose
