@@ -28,7 +28,7 @@ SPECS += ["toeplitz", "convolution(spatial_shape=4, kernel_size=3)"]
 
 
 def layer(spec, n=16, m=32, **kwargs):
-    kwargs.setdefault("dtype", jnp.float64)
+    kwargs.setdefault("param_dtype", jnp.float64)
     return StructuredLinear(n, m, spec, rngs=nnx.Rngs(0), **kwargs)
 
 

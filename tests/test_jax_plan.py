@@ -415,8 +415,8 @@ def test_steps_equal_those_of_torch():
     from structops.torch import plan as torch_plan
 
     flax = nnx.Dict(
-        up=soj.StructuredLinear(16, 64, "btt(rank=2)", dtype=jnp.float64, rngs=nnx.Rngs(0)),
-        down=soj.StructuredLinear(64, 16, "low_rank(rank=4)", dtype=jnp.float64, rngs=nnx.Rngs(1)),
+        up=soj.StructuredLinear(16, 64, "btt(rank=2)", param_dtype=jnp.float64, rngs=nnx.Rngs(0)),
+        down=soj.StructuredLinear(64, 16, "low_rank(rank=4)", param_dtype=jnp.float64, rngs=nnx.Rngs(1)),
     )
     twin = torch.nn.ModuleDict({})
     twin["up"] = StructuredLinear(16, 64, "btt(rank=2)", dtype=torch.float64)

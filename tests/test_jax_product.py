@@ -208,7 +208,7 @@ def test_many_tokens_multiply_the_factors_together():
 def test_the_layer_takes_it_and_what_is_no_chain_is_applied():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)))
     for spec in ("btt(rank=4, blocks=4)", "toeplitz", "convolution(spatial_shape=4, kernel_size=3)"):
-        layer = StructuredLinear(16, 16, spec, bias=False, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        layer = StructuredLinear(16, 16, spec, bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
         wanted = x @ layer.operator().to_dense().T
         np.testing.assert_allclose(layer(x), wanted, atol=1e-12)
 
@@ -216,7 +216,7 @@ def test_the_layer_takes_it_and_what_is_no_chain_is_applied():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("spec", ["btt(rank=4, blocks=4)", "toeplitz", "monarch(blocks=5)"])
 def test_merge_gives_a_linear_layer(spec, bias):
-    layer = StructuredLinear(16, 24, spec, bias=bias, dtype=jnp.float64, weight_norm=True, rngs=nnx.Rngs(0))
+    layer = StructuredLinear(16, 24, spec, bias=bias, param_dtype=jnp.float64, weight_norm=True, rngs=nnx.Rngs(0))
     layer.factors[0][...] = 10 * layer.factors[0][...]
     if bias:
         layer.bias[...] = jnp.arange(24.0)

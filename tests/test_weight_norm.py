@@ -198,7 +198,7 @@ def layer(backend, n=16, m=32, spec="btt(rank=2)", seed=0, dtype="float64", **kw
 
     from structops.jax import StructuredLinear
 
-    return StructuredLinear(n, m, spec, rngs=nnx.Rngs(seed), dtype=dtype, **kwargs)
+    return StructuredLinear(n, m, spec, rngs=nnx.Rngs(seed), param_dtype=dtype, **kwargs)
 
 
 def scaled(backend, structured, scale):

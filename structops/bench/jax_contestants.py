@@ -63,7 +63,7 @@ def layer_product(case: Case) -> Product:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StructureWarning)  # the case has it
         sizes = (case.in_features, case.out_features)
-        layer = StructuredLinear(*sizes, case.structure, bias=False, dtype=case.dtype, rngs=nnx.Rngs(0))
+        layer = StructuredLinear(*sizes, case.structure, bias=False, param_dtype=case.dtype, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     leaves = jax.tree.structure(state)
     return lambda factors, x: nnx.merge(graph, jax.tree.unflatten(leaves, factors))(x)

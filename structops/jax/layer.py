@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from structops._array import real_of
-from structops.jax.product import product
-from structops.mup import init_stds
-from structops.normalise import check_weight_norm, rms_cap, rms_caps
+from structops.jax.linear import WeightNorm, affine, description, draw, effective, unit_gains
+from structops.normalise import check_weight_norm, rms_caps
 from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
 
@@ -29,7 +29,11 @@ class StructuredLinear(nnx.Module):
             of the rule, times a learnable gain: ``gain * min(1, std / rms) * factor``, against residual streams that
             grow.  ``"cap"``: without gains, for query and key projections under QK-norm, where a gain would change
             nothing.  See `structops.normalise.rms_cap`.
-        dtype: Dtype of the parameters.
+        recompute: Whether derivatives compute the intermediates between the factors again (``jax.checkpoint``) instead
+            of keeping them: less memory, for the MACs of the factors once more.
+        dtype: Dtype of the computation and of the result, as in ``nnx.Linear``; by default the one that x and the
+            parameters promote to.
+        param_dtype: Dtype of the parameters.
         rngs: Source of the random numbers; its stream ``params`` is used.
 
     Attributes:
@@ -63,38 +67,45 @@ class StructuredLinear(nnx.Module):
         bias: bool = True,
         *,
         zero_init: bool = False,
-        weight_norm: bool | Literal["cap"] = False,
-        dtype: Any = jnp.float32,
+        weight_norm: WeightNorm = False,
+        recompute: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         check_weight_norm(weight_norm)
         self.in_features, self.out_features, self.zero_init = in_features, out_features, zero_init
-        self.weight_norm = weight_norm
+        self.weight_norm, self.recompute = weight_norm, recompute
+        self.dtype, self.param_dtype = dtype, param_dtype
         self.structure = _structure(structure)
         self.plan: Plan = self.structure.plan(in_features, out_features)
         self.caps = rms_caps(self.plan, zero_init)
-        stds = init_stds(self.plan, zero_last=zero_init)
-        self.factors = nnx.List(
-            [
-                nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(std, dtype))
-                for shape, std in zip(self.plan.stored_shapes, stds, strict=True)
-            ]
-        )
-        gains = jnp.ones(len(stds), real_of(self.factors[0].dtype))
-        self.gains = nnx.Param(gains) if weight_norm is True else None
-        self.bias = nnx.Param(jnp.zeros(out_features, dtype)) if bias else None
+        self.factors = nnx.List([nnx.Param(factor) for factor in self._drawn(rngs)])
+        self.gains = nnx.Param(unit_gains(self.plan, param_dtype)) if weight_norm is True else None
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else None
+
+    def _drawn(self, rngs: nnx.Rngs) -> list[jax.Array]:
+        keys = [rngs.params() for _ in self.plan.stored_shapes]
+        return draw(self.plan, keys, self.param_dtype, self.zero_init)
+
+    def reset_parameters(self, rngs: nnx.Rngs) -> None:
+        """Draw the factors anew, gains 1 and bias 0."""
+        for parameter, factor in zip(self.factors, self._drawn(rngs), strict=True):
+            parameter[...] = factor
+        if self.gains is not None:
+            self.gains[...] = jnp.ones_like(self.gains[...])
+        if self.bias is not None:
+            self.bias[...] = jnp.zeros_like(self.bias[...])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``A x + bias`` for x of shape (..., in_features)."""
-        y = product(self.plan, self.effective_factors(), x)
-        return y if self.bias is None else y + self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
+        return affine(self.plan, self.effective_factors(), bias, x, self.dtype, self.recompute)
 
     def effective_factors(self) -> list[jax.Array]:
         """The factors that the product takes: the parameters, or what weight normalisation makes of them."""
-        factors = [factor[...] for factor in self.factors]
-        if not self.weight_norm:
-            return factors
-        return rms_cap(factors, self.caps, None if self.gains is None else self.gains[...])
+        gains = None if self.gains is None else self.gains[...]
+        return effective([factor[...] for factor in self.factors], self.weight_norm, self.caps, gains)
 
     def operator(self) -> StructuredOperator:
         """The weight as an operator of shape (out_features, in_features), of the effective factors."""
@@ -110,6 +121,7 @@ class StructuredLinear(nnx.Module):
             self.in_features,
             self.out_features,
             use_bias=self.bias is not None,
+            dtype=self.dtype,
             param_dtype=weight.dtype,
             rngs=nnx.Rngs(0),  # its numbers are replaced
         )
@@ -117,6 +129,33 @@ class StructuredLinear(nnx.Module):
         if self.bias is not None and dense.bias is not None:
             dense.bias[...] = self.bias[...]
         return dense
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        """Sizes, structure and the ratio of parameters to a dense layer; shapes in place of numbers."""
+        shown = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "structure": _Text(self.structure),
+            "factors": _Text(", ".join(str(shape) for shape in self.plan.stored_shapes)),
+            "bias": self.bias is not None,
+            "weight_norm": self.weight_norm,
+        }
+        for part in super().__nnx_repr__():
+            name = getattr(part, "key", None)
+            if name is None:
+                yield replace(part, comment=f" # {description(self.plan)}")
+            elif name in shown and (name != "weight_norm" or self.weight_norm):
+                yield replace(part, value=shown[name])
+
+
+class _Text:
+    """Prints as the text that it is made of."""
+
+    def __init__(self, text: Any) -> None:
+        self.text = str(text)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 _structure = structure  # the class has an argument of that name
