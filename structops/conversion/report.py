@@ -163,11 +163,14 @@ def row_of(choice: Choice, tokens: int, machine: Machine) -> Row:
     """The row of a layer that gets what was chosen for it."""
     layer, spec = choice.layer, choice.structure
     if spec is None:
-        dense = layer.in_features * layer.out_features
-        return Row(
-            layer.name, layer.kind, layer.in_features, layer.out_features, "dense", dense, dense, reason=choice.reason
-        )
+        return kept_dense(layer, choice.reason)
     return planned(layer, str(spec), spec.plan(layer.in_features, layer.out_features), tokens, machine)
+
+
+def kept_dense(layer: Layer, reason: str) -> Row:
+    """The row of a layer that stays dense."""
+    n, m = layer.in_features, layer.out_features
+    return Row(layer.name, layer.kind, n, m, "dense", n * m, n * m, reason=reason)
 
 
 def planned(layer: Layer, text: str, plan: Any, tokens: int, machine: Machine, **result: Any) -> Row:

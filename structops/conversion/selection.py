@@ -17,6 +17,7 @@ ROUTERS = ("router", "gate", "gating", "switch")
 
 Spec = str | Structure | Mapping[str, Any]
 Pattern = str | re.Pattern[str]
+Names = Pattern | Sequence[Pattern] | Callable[[str, Any], Any] | None
 Select = Pattern | Sequence[Pattern] | Callable[[str, Any], Any] | Mapping[Pattern, Any] | None
 
 
@@ -125,18 +126,47 @@ def _asked(layers: Sequence[Layer], default: Structure | None, select: Any) -> I
     else:
         patterns = [select] if isinstance(select, str | re.Pattern) else list(select)
         rules = [(pattern, True) for pattern in patterns]
-    for pattern, _ in rules:
-        if not isinstance(pattern, str | re.Pattern):
-            raise StructureError(
-                f"select: expected a glob, a compiled regular expression or a function, got {pattern!r}"
-            )
-        if not any(fits(pattern, layer.name) for layer in layers):
-            names = ", ".join(layer.name or "the model itself" for layer in layers[:8]) or "none"
-            more = ", ..." if len(layers) > 8 else ""
-            raise StructureError(f"select: {_text(pattern)} fits no linear layer of the model; it has {names}{more}")
+    _check_patterns("select", [pattern for pattern, _ in rules], [layer.name for layer in layers])
     for layer in layers:
         answers = [answer for pattern, answer in rules if fits(pattern, layer.name)]
         yield layer, _structure(answers[-1], default, _text(rules[0][0])) if answers else None
+
+
+def named(what: str, select: Names, layers: Mapping[str, Any]) -> list[str]:
+    """The names of the layers that patterns or a function select; all for None.
+
+    Args:
+        what: The argument, for messages.
+        select: A glob, a compiled regular expression, a sequence of both, or a function of name and layer.
+        layers: The layers by name.
+
+    Raises:
+        StructureError: A pattern fits none.
+    """
+    if select is None:
+        return list(layers)
+    if callable(select):
+        return [name for name, layer in layers.items() if select(name, layer)]
+    patterns = [select] if isinstance(select, str | re.Pattern) else list(select)
+    _check_patterns(what, patterns, list(layers))
+    return [name for name in layers if any(fits(pattern, name) for pattern in patterns)]
+
+
+def _check_patterns(what: str, patterns: Sequence[Any], names: Sequence[str]) -> None:
+    """Every pattern fits a name.
+
+    Raises:
+        StructureError: One is no pattern, or fits none.
+    """
+    for pattern in patterns:
+        if not isinstance(pattern, str | re.Pattern):
+            raise StructureError(
+                f"{what}: expected a glob, a compiled regular expression or a function, got {pattern!r}"
+            )
+        if not any(fits(pattern, name) for name in names):
+            some = ", ".join(name or "the model itself" for name in names[:8]) or "none"
+            more = ", ..." if len(names) > 8 else ""
+            raise StructureError(f"{what}: {_text(pattern)} fits no linear layer; there are {some}{more}")
 
 
 def fits(pattern: Pattern, name: str) -> bool:

@@ -7,12 +7,15 @@ except ImportError as error:
 
 from structops.torch.chunks import Tuning as Tuning
 from structops.torch.chunks import tuning as tuning
+from structops.torch.convert import densify as densify
+from structops.torch.convert import structurize as structurize
 from structops.torch.coord_check import coord_check as coord_check
 from structops.torch.coord_report import CoordReport as CoordReport
 from structops.torch.groups import param_groups as param_groups
 from structops.torch.groups import split as split
 from structops.torch.init import init_ as init_
 from structops.torch.layer import StructuredLinear as StructuredLinear
+from structops.torch.linears import survey as survey
 from structops.torch.muon import Muon as Muon
 from structops.torch.probe import Probe as Probe
 from structops.torch.probe import lint as lint

@@ -127,6 +127,10 @@ class StructuredLinear(nn.Module):
         # Under autocast the product is of lower precision than the bias, and so is the result, as in nn.Linear.
         return y if bias is None else y + bias.to(y.dtype)
 
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that stand for the weight: factors, and gains where there are some."""
+        return [*self.factors, *(() if self.gains is None else (self.gains,))]
+
     def effective_factors(self) -> list[Tensor]:
         """The factors that the product takes: the parameters, or what weight normalisation makes of them."""
         parameters = self.factors
