@@ -38,11 +38,12 @@ class Muon(torch.optim.Optimizer):
 
     Raises:
         StructureError: A parameter is no matrix or complex, a layout is unknown, or a number is negative; in
-            ``step``, a sparse or sharded gradient.
+            ``step``, a sparse gradient.
 
     Cost:
         ``ns_steps`` times (2 fan_out fan_in + m^2) m multiply-accumulates a block and step, with m the smaller side;
-        one buffer as large as the parameters.
+        one buffer as large as the parameters.  Where processes hold different blocks of a DTensor, each updates its
+        own and nothing is communicated; sharded otherwise, the update is gathered once and every process does it all.
 
     References:
         Keller Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
@@ -104,7 +105,7 @@ class Muon(torch.optim.Optimizer):
         """One step; the loss of the closure, if there is one.
 
         Raises:
-            StructureError: A gradient is sparse, or sharded across the sides of its matrices.
+            StructureError: A gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -126,6 +127,8 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(gradient, 1 - momentum)
         update = gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
         factor = _factor(parameter, group)
+        if hasattr(update, "placements"):
+            update = _with_whole_blocks(update, group["layout"])
         matrices = as_blocks(update, factor)
         assert matrices is not None  # the factor was read off the parameter
         matrices = orthogonalise(matrices, group["ns_steps"])
@@ -146,6 +149,15 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a fused sum rounds once
     return x.mT if tall else x
+
+
+def _with_whole_blocks(update: Any, layout: str) -> Tensor:
+    """A DTensor that is sharded on blocks at most: matrix products of other shards would gather again and again."""
+    from torch.distributed.tensor import Replicate  # slow to import, and here it has been
+
+    axis = 0 if update.ndim == 3 and not layout else None
+    keep = [p if axis is not None and getattr(p, "dim", None) == axis else Replicate() for p in update.placements]
+    return update.redistribute(placements=keep)
 
 
 def _factor(parameter: Tensor, group: dict[str, Any]) -> Factor:
