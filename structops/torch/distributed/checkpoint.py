@@ -163,7 +163,7 @@ def _state(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> dict
 
 def _fit_groups(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], moments: dict[str, Any]) -> None:
     """Check that the settings read for the parameters of a group agree, and add the names the group has now."""
-    _, now = get_state_dict(model, optimizer)
+    now: dict[str, Any] = get_state_dict(model, optimizer)[1]
     for group in now.get("param_groups", ()):
         first, *others = names = group["params"]
         for setting in group.keys() - {"params", "param_names"}:
