@@ -32,15 +32,17 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     """Every linear layer once, structured ones among them, with what speaks against converting it.
 
     Raises:
-        StructureError: ``model`` is no module.
+        StructureError: ``model`` is no module, or a layer has no size yet.
     """
     if not isinstance(model, nn.Module):
         raise StructureError(f"expected a module of PyTorch, got {type(model).__name__}")
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in layers(model):
         for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{key}" if name else key)
+            full = f"{name}.{key}" if name else key
+            if nn.parameter.is_lazy(parameter):
+                raise StructureError(f"{full} has no size before the first forward; run one batch, then convert")
+            owners[id(parameter)].append(full)
     head = _head(model)
     found = []
     for name, module in layers(model):
@@ -90,8 +92,6 @@ def _obstacle(module: Any) -> str:
     if "forward" in vars(module):
         return "its forward was replaced: remove hooks of accelerate or wrappers first"
     weight = module.weight
-    if nn.parameter.is_lazy(weight):
-        return "it has no size before the first forward"
     if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}: convert before sharding or quantising"
     if not weight.dtype.is_floating_point and not weight.dtype.is_complex:
@@ -118,9 +118,10 @@ def survey(model: nn.Module, tokens: int = 2048) -> Conversion:
         >>> print(survey(nn.Sequential(StructuredLinear(64, 64, "btt"), nn.Linear(64, 8))).rows[0].params)
         1024
     """
-    machine = machine_of(model)
     rows: list[Row] = []
-    for layer in linear_layers(model):
+    found = linear_layers(model)
+    machine = machine_of(model)
+    for layer in found:
         module = layer.module
         if isinstance(module, StructuredLinear):
             fit = {} if module.projection is None else module.projection._asdict()
