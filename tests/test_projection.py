@@ -583,7 +583,7 @@ def test_a_large_matrix_is_compared_in_parts(backend, monkeypatch):
     for text in ("low_rank(rank=2)", "btt(rank=1)", "toeplitz") if backend == "torch" else ("btt(rank=1)",):
         whole = float(fitted(to_backend(W, backend), text).error)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "COLUMNS", 5)
+            patch.setattr(module, "ROWS", 5)
             assert float(fitted(to_backend(W, backend), text).error) == pytest.approx(whole, abs=1e-14)
 
 

@@ -11,8 +11,11 @@ that makes more than ``JOINT`` of them, the values of the input labels that othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product as tuples
+
+import numpy as np
 
 from structops import _array
 from structops._array import Array
@@ -35,7 +38,7 @@ def refined(target: Target, factors: Sequence[Array], sweeps: int) -> Factors:
     for _ in range(sweeps):
         start, before = list(factors), left
         for k in range(len(factors)):
-            factors[k] = _improved(target, factors, k)
+            factors[k] = improved(target, factors, k)
         left = target.loss(factors)
         if has_converged(before, left, target.total):
             break
@@ -48,13 +51,20 @@ def refined(target: Target, factors: Sequence[Array], sweeps: int) -> Factors:
     return factors
 
 
+def random(target: Target, seed: int) -> Factors:
+    """Gaussian factors, the same in every library, that map unit vectors to vectors of about unit norm."""
+    rng, xp, like = np.random.default_rng(seed), _array.namespace(target.tensor), target.tensor
+    drawn = [rng.standard_normal(f.shape) / math.sqrt(f.fan_in) for f in target.chain.factors]
+    return [xp.asarray(values, dtype=like.dtype, device=like.device) for values in drawn]
+
+
 def has_converged(before: Array, after: Array, total: Array) -> bool:
     """Whether a sweep that took the squared error from ``before`` to ``after`` was the last that helps."""
     eps = float(_array.namespace(after).finfo(after.dtype).eps)
     return _array.is_concrete(after) and bool(before - after <= TOLERANCE * after + eps * total)
 
 
-def _improved(target: Target, factors: Sequence[Array], k: int) -> Array:
+def improved(target: Target, factors: Sequence[Array], k: int) -> Array:
     """Factor k, corrected."""
     problem, name = _Problem(target, factors, k), target.names[k]
     step = target.descent(factors)

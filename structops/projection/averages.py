@@ -26,6 +26,7 @@ REGRESSED = Found("exact", "the matrix is linear in its parameters, and so this 
 def fit_circulant(plan: CirculantPlan, W: Array, options: Options) -> Found:
     """Means along cyclic diagonals; with a covariance, a division in the Fourier domain."""
     xp, n, covariance = _array.namespace(W), plan.in_features, options.covariance
+    W = W if covariance is None else _array.cast(W, covariance.dtype)
     column = cyclic_sums(W) / n
     if covariance is None:
         return MEANS.having([column.reshape((1, 1, n))])
@@ -42,6 +43,7 @@ def fit_toeplitz(plan: ToeplitzPlan, W: Array, options: Options) -> Found:
     """Means along diagonals; with a covariance, as many normal equations as there are diagonals."""
     rows, cols = W.shape
     xp, count, covariance = _array.namespace(W), rows + cols - 1, options.covariance
+    W = W if covariance is None else _array.cast(W, covariance.dtype)
     filled = np.minimum(np.minimum(np.arange(1, count + 1), np.arange(count, 0, -1)), min(rows, cols))
     diagonals = diagonal_sums(W) / xp.asarray(filled.astype(np.float64), dtype=_array.real_of(W.dtype), device=W.device)
     if covariance is not None:
@@ -88,6 +90,7 @@ def _moved(M: Array, places: int) -> Array:
 def fit_convolution(plan: ConvolutionPlan, W: Array, options: Options) -> Found:
     """The mean over all positions at which a tap meets the input; with a covariance, normal equations of one kernel."""
     (c_out, c_in, *taps), covariance = plan.kernel_shape, options.covariance
+    W = W if covariance is None else _array.cast(W, covariance.dtype)
     seen = [_pairs(plan, tap) for tap in np.ndindex(*taps)]
     kernel = _gathered(W, plan, seen, mean=True)
     if covariance is not None:

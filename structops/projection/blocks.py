@@ -8,7 +8,8 @@ near ``[L_1 R_1, ..., L_c R_c]`` in the norm of C, which couples the blocks of c
    is left of W, is approximated by the closed form for one block, ``L_j = U`` and ``R_j = U^H Z``, with U the first
    left singular vectors of ``Z C_jj^(1/2)``.
 
-Neither makes the error grow.  With one block of columns, which is low rank, step 2 alone is the optimum.
+Neither makes the error grow.  With one block of columns, which is low rank, step 2 alone is the optimum.  Blocks of
+outputs are worked on in slices, so that only one slice is in double precision at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from __future__ import annotations
 from structops import _array
 from structops._array import Array
 from structops.chain import Chain
-from structops.projection import factoring
-from structops.projection.alternating import has_converged
-from structops.projection.solving import positive_inverse, root_and_inverse
-from structops.projection.target import Factors, Target, column_labels, contract, ordered, passing_labels, primed
+from structops.projection import alternating, factoring
+from structops.projection.regroup import Plain
+from structops.projection.solving import pieces, positive_inverse, root_and_inverse
+from structops.projection.target import (
+    Factors,
+    Target,
+    column_labels,
+    inner,
+    ordered,
+    passing_labels,
+    primed,
+    spread,
+)
 
 # Axes here: p labels of both input and output, o blocks of outputs, c blocks of inputs, a rows, d columns, s bond.
 
@@ -50,29 +60,144 @@ def _groups(chain: Chain) -> tuple[str, str, str, str, str, str]:
     return passing, outer, inner, cols, rows, bond
 
 
-def swept(target: Target, factors: Factors, sweeps: int, live: Array | None, blocks: str) -> Factors:
-    """Factors after some sweeps, or fewer where a sweep no longer helps.
+def fitted(flat: Plain, W: Array, covariance: Array, sweeps: int, seed: int | None = None) -> Factors:
+    """Factors in order of application, one axis a label, after some sweeps, or fewer where one no longer helps.
 
     Args:
-        target: With a covariance, of a chain of blocks.
-        factors: A start, in order of application, one axis a label.
+        flat: A chain of blocks.
+        W: Of its true shape, in any dtype.
+        covariance: Second moments of the input; its dtype is that of the sweeps.
         sweeps: The most sweeps.
-        live: 1 for the bonds of a block that exist and 0 for others, axes ``blocks`` and the bond; None if all do.
-        blocks: The labels of the axes of ``live``.
+        seed: Of a random start beside the decompositions, whichever ends nearer.
     """
-    state = _Sweep(target, factors, live, blocks)
-    if state.count == 1:
-        state.one_block(0)
-        return state.factors()
-    left = target.loss(factors)
+    chain = flat.chain
+    groups = _groups(chain)
+    outer, names = groups[1], [step.labels for step in chain.factor_steps]
+    seen = _Seen(chain, groups, covariance)
+    live = flat.live(covariance)
+    rows = (
+        W
+        if chain.padded_out == chain.out_features
+        else _array.pad(W, [(0, chain.padded_out - chain.out_features), (0, 0)])
+    )
+    outputs = chain.terms[-1]
+    order = outer + "".join(label for label in outputs if label not in outer)
+    view = ordered(rows.reshape((*chain.shape_of(outputs), chain.in_features)), outputs + "\n", order + "\n")
+    found: list[Factors] = []
+    for part in pieces(view.shape, len(outer)):
+        own = view[part]
+        sizes = dict(chain.sizes) | dict(zip(order, own.shape[:-1], strict=True))
+        own = ordered(own, order + "\n", outputs + "\n").reshape((-1, chain.in_features))
+        piece = Chain(chain.pattern, sizes, chain.in_features)
+        alive = None
+        if live is not None:
+            mask = ordered(live, flat.blocks + groups[5], outer + groups[2] + groups[5])[part]
+            alive = ordered(mask, outer + groups[2] + groups[5], flat.blocks + groups[5])
+        found.append(_piece(piece, own, seen, sweeps, alive, flat.blocks, seed))
+    result = []
+    for k, name in enumerate(names):
+        there = outer + "".join(label for label in name if label not in outer)
+        rest = chain.shape_of(there[len(outer) :])
+        stacks = [ordered(factors[k], name, there).reshape((-1, *rest)) for factors in found]
+        joined = stacks[0] if len(stacks) == 1 else _array.namespace(covariance).concat(stacks, axis=0)
+        result.append(ordered(joined.reshape(chain.shape_of(there)), there, name))
+    return result
+
+
+def _piece(
+    chain: Chain, W: Array, seen: _Seen, sweeps: int, live: Array | None, blocks: str, seed: int | None
+) -> Factors:
+    """The factors of a chain with fewer blocks of outputs."""
+    if seen.count == 1:
+        return _one_column(chain, W, seen)
+    first = factoring.sequence(Target.of(chain, W))
+    target = Target.of(chain, _array.cast(W, seen.C.dtype), seen.whole)
+    starts = [[_array.cast(factor, seen.C.dtype) for factor in first]]
+    if seed is not None:
+        starts.append(alternating.random(target, seed))
+    ends = [_swept(_Sweep(target, start, seen, live, blocks), sweeps) for start in starts]
+    return min(ends, key=lambda end: end[0])[1] if len(ends) > 1 else ends[0][1]
+
+
+def _swept(state: _Sweep, sweeps: int) -> tuple[Array, Factors]:
+    """The squared error that is left, and the factors."""
+    left = state.loss()
     for _ in range(sweeps):
         state.all_left()
-        for j in range(state.count):
+        for j in range(state.seen.count):
             state.one_block(j)
-        before, left = left, target.loss(state.factors())
-        if has_converged(before, left, target.total):
+        before, left = left, state.loss()
+        if alternating.has_converged(before, left, state.target.total):
             break
-    return state.factors()
+    return left, state.factors()
+
+
+def _one_column(chain: Chain, W: Array, seen: _Seen) -> Factors:
+    """One block of columns: the closed form."""
+    groups = p, o, _, d, a, s = _groups(chain)
+    W = _array.cast(W, seen.C.dtype)
+    Z = _columns(chain, groups, Target.of(chain, W).tensor, _labels(chain), (p, o, a, d))[0]
+    own = seen.C[:, 0, :, 0, :]
+    if p:  # what entries beside the tensor say of those in it
+        Q = _columns(chain, groups, Target.of(chain, W, seen.whole).moments, _labels(chain), (p, o, a, d))[0]
+        Z = Z + (Q - Z @ own[:, None]) @ seen.inverses(0)[:, None]
+    root = seen.root(0)[:, None] if factoring.needs_root(Z) else None
+    U = factoring.seen_vectors(Z, own[:, None], root, chain.size(s))
+    return _restored(chain, groups, [_array.adjoint(U) @ Z], [U])
+
+
+class _Seen:
+    """What the sweeps need of the covariance, once for all slices.
+
+    Attributes:
+        whole: As it was given.
+        count: How many blocks of columns.
+        C: The axes p, c, d, c, d.
+    """
+
+    def __init__(self, chain: Chain, groups: tuple[str, ...], covariance: Array) -> None:
+        p, _, c, d, _, _ = groups
+        columns = column_labels(chain)
+        self.whole, self.count = covariance, chain.size(c)
+        C = ordered(spread(chain, covariance), p + columns + primed(columns), p + c + d + primed(c + d))
+        self.C = C.reshape((chain.size(p), *(self.count, chain.size(d)) * 2))
+        self._found: dict[int, tuple[Array, Array]] = {}
+
+    def root(self, j: int) -> Array:
+        """The root of the covariance of a block of columns, (p, d, d)."""
+        return self._decomposed(j)[0]
+
+    def inverses(self, j: int) -> Array:
+        """Its pseudo-inverse."""
+        return self._decomposed(j)[1]
+
+    def _decomposed(self, j: int) -> tuple[Array, Array]:
+        if j not in self._found:
+            self._found[j] = root_and_inverse(self.C[:, j, :, j, :])
+        return self._found[j]
+
+
+def _labels(chain: Chain) -> str:
+    return chain.terms[-1] + column_labels(chain)
+
+
+def _columns(chain: Chain, groups: tuple[str, ...], array: Array, labels: str, axes: tuple[str, ...]) -> list[Array]:
+    """One array for every block of columns."""
+    c = groups[2]
+    moved = ordered(array, labels, c + "".join(axes))
+    moved = moved.reshape((chain.size(c), *map(chain.size, axes)))
+    return [moved[j] for j in range(chain.size(c))]
+
+
+def _restored(chain: Chain, groups: tuple[str, ...], right: Factors, left: Factors) -> Factors:
+    """The factors from their blocks of columns."""
+    p, o, c, d, a, s = groups
+    result = []
+    for stack, axes, name in ((right, p + o + s + d, 0), (left, p + o + a + s, 1)):
+        labels = c + axes
+        array = _array.namespace(stack[0]).stack(stack).reshape(chain.shape_of(labels))
+        result.append(ordered(array, labels, chain.factor_steps[name].labels))
+    return result
 
 
 class _Sweep:
@@ -81,71 +206,79 @@ class _Sweep:
     Attributes:
         L: One array (p, o, a, s) a block of columns.
         R: One array (p, o, s, d) a block of columns.
+        RC: ``R_j C_j``, (p, o, s, c * d) each.
         W: The blocks of the matrix, (p, o, a, d) each.
         D: What is left of them.
-        Q: ``(W - A) C``, (p, o, a, c, d).
+        Q: ``(W - A) C``, (p, o, a, c * d).
     """
 
-    def __init__(self, target: Target, factors: Factors, live: Array | None, blocks: str) -> None:
-        self.target, chain = target, target.chain
+    def __init__(self, target: Target, factors: Factors, seen: _Seen, live: Array | None, blocks: str) -> None:
+        self.target, self.seen, self.chain = target, seen, target.chain
+        chain = self.chain
         self.groups = p, o, c, d, a, s = _groups(chain)
-        self.count, self.rank, self.size = chain.size(c), chain.size(s), chain.size
-        self.xp = _array.namespace(target.tensor)
+        self.rank, self.width = chain.size(s), chain.size(d)
         first, last = target.names
-        self.R = self._columns(factors[0], first, (p, o, s, d))
-        self.L = self._columns(factors[1], last, (p, o, a, s))
-        self.W = self._columns(target.tensor, target.labels, (p, o, a, d))
-        self.live = None if live is None else self._columns(live, blocks + s, (o, s))
+        self.R = _columns(chain, self.groups, factors[0], first, (p, o, s, d))
+        self.L = _columns(chain, self.groups, factors[1], last, (p, o, a, s))
+        self.W = _columns(chain, self.groups, target.tensor, target.labels, (p, o, a, d))
+        self.live = None if live is None else _columns(chain, self.groups, live, blocks + s, (o, s))
+        if self.live is not None:  # the start may use bonds that do not exist
+            self.R = [R * mask[..., None] for R, mask in zip(self.R, self.live, strict=True)]
+            self.L = [L * mask[..., None, :] for L, mask in zip(self.L, self.live, strict=True)]
         self.D = [W - L @ R for W, L, R in zip(self.W, self.L, self.R, strict=True)]
-        columns = column_labels(chain)
-        spread = ordered(target.covariance, p + columns + primed(columns), p + c + d + primed(c + d))
-        self.C = spread.reshape((chain.size(p), *(self.count, chain.size(d)) * 2))
-        own = self.xp.stack([self.C[:, j, :, j, :] for j in range(self.count)])  # c, p, d, d
-        self.roots, self.inverses = root_and_inverse(own)
-        step = ordered(target.descent(factors), target.labels, p + o + a + c + d)
-        self.Q = step.reshape(tuple(map(chain.size, (p, o, a, c, d))))
+        self.RC = [self._times_rows(R, j) for j, R in enumerate(self.R)]
+        moments = ordered(target.moments, target.labels, p + o + a + c + d)
+        self.Q = moments.reshape((*map(chain.size, (p, o, a)), -1))
+        for L, RC in zip(self.L, self.RC, strict=True):
+            self.Q = self.Q - L @ RC
 
-    def _columns(self, array: Array, labels: str, axes: tuple[str, ...]) -> list[Array]:
-        """One array for every block of columns."""
-        c = self.groups[2]
-        moved = ordered(array, labels, c + "".join(axes))
-        moved = moved.reshape((self.count, *map(self.size, axes)))
-        return [moved[j] for j in range(self.count)]
+    def _times_rows(self, R: Array, j: int) -> Array:
+        """``R_j C_j``: all that a block of columns says of every block."""
+        C = self.seen.C[:, j].reshape((self.chain.size(self.groups[0]), 1, self.width, -1))
+        return R @ C
+
+    def loss(self) -> Array:
+        """The squared norm of what is left in the metric."""
+        p, o, _, _, a, _ = map(self.chain.size, self.groups)
+        D = _array.namespace(self.Q).stack(self.D, axis=3).reshape((p, o, a, -1))
+        if self.target.whole is None:
+            return inner(D, self.Q)
+        W = _array.namespace(self.Q).stack(self.W, axis=3).reshape((p, o, a, -1))
+        moments = ordered(self.target.moments, self.target.labels, "".join(self.groups[i] for i in (0, 1, 4, 2, 3)))
+        return self.target.total - inner(W - D, moments.reshape(self.Q.shape) + self.Q)
 
     def all_left(self) -> None:
         """Step 1."""
-        xp, c, s = self.xp, self.count, self.rank
-        R = xp.stack(self.R, axis=2)  # p, o, c, s, d
-        seen = contract([("pocsd", R), ("pcdCD", self.C)], "pocsCD")
-        gram = contract([("pocsCD", seen), ("poCSD", xp.conj(R))], "pocsCS")
-        right = contract([("poacd", self.Q), ("pocsd", xp.conj(R))], "poacs")
-        lead, rows = tuple(right.shape[:2]), int(right.shape[2])
-        inverse = positive_inverse(gram.reshape((*lead, c * s, c * s)))
-        change = (right.reshape((*lead, rows, c * s)) @ inverse).reshape(right.shape)
-        for j in range(c):
-            self.L[j] = self.L[j] + change[:, :, :, j]
-            self.D[j] = self.D[j] - change[:, :, :, j] @ self.R[j]
-        self.Q = self.Q - contract([("poacs", change), ("pocsCD", seen)], "poaCD")
+        xp, count, rank = _array.namespace(self.Q), self.seen.count, self.rank
+        back = [_array.adjoint(R) for R in self.R]
+        parts = [slice(j * self.width, (j + 1) * self.width) for j in range(count)]
+        gram = xp.concat(
+            [xp.concat([RC[..., part] @ B for part, B in zip(parts, back, strict=True)], axis=-1) for RC in self.RC],
+            axis=-2,
+        )
+        right = xp.concat([self.Q[..., part] @ B for part, B in zip(parts, back, strict=True)], axis=-1)
+        change = right @ positive_inverse(gram)
+        for j in range(count):
+            step = change[..., j * rank : (j + 1) * rank]
+            self.L[j] = self.L[j] + step
+            self.D[j] = self.D[j] - step @ self.R[j]
+            self.Q = self.Q - step @ self.RC[j]
 
     def one_block(self, j: int) -> None:
         """Step 2 for one block of columns."""
-        own, D = self.C[:, None, j, :, j, :], self.D[j]
-        Q = self.Q[:, :, :, j]
-        Z = self.W[j] + (Q - D @ own) @ self.inverses[j][:, None]
-        U = factoring.left_vectors(Z @ self.roots[j][:, None], self.rank)
+        own, D = self.seen.C[:, None, j, :, j, :], self.D[j]
+        Q = self.Q[..., j * self.width : (j + 1) * self.width]
+        Z = self.W[j] + (Q - D @ own) @ self.seen.inverses(j)[:, None]
+        root = self.seen.root(j)[:, None] if factoring.needs_root(Z) else None
+        U = factoring.seen_vectors(Z, own, root, self.rank)
         if self.live is not None:
             U = U * self.live[j][:, None, :]
         R = _array.adjoint(U) @ Z
-        change = U @ R - self.L[j] @ self.R[j]
-        lost = contract([("poad", change), ("pdCD", self.C[:, j])], "poaCD")
-        self.L[j], self.R[j], self.D[j], self.Q = U, R, D - change, self.Q - lost
+        RC = self._times_rows(R, j)
+        self.D[j] = D - (U @ R - self.L[j] @ self.R[j])
+        self.Q = self.Q - (U @ RC - self.L[j] @ self.RC[j])
+        self.L[j], self.R[j], self.RC[j] = U, R, RC
 
     def factors(self) -> Factors:
         """In order of application, one axis a label."""
-        p, o, c, d, a, s = self.groups
-        result = []
-        for stack, axes, name in ((self.R, p + o + s + d, 0), (self.L, p + o + a + s, 1)):
-            labels = c + axes
-            array = self.xp.stack(stack).reshape(self.target.chain.shape_of(labels))
-            result.append(ordered(array, labels, self.target.names[name]))
-        return result
+        return _restored(self.chain, self.groups, self.R, self.L)

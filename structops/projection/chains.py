@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from structops import _array
 from structops._array import Array
 from structops.chain import Chain
@@ -36,23 +32,28 @@ def fit_chain(plan: ChainPlan, W: Array, options: Options) -> Found:
     sweeps = (SWEEPS if needs_sweeps else 0) if options.refine is None else options.refine
     if found.optimality == "exact":
         sweeps = 1 if is_weighted else 0
+    if is_weighted and blocks.is_blocks(flat.chain):
+        factors = blocks.fitted(flat, W, options.covariance, sweeps, options.seed)
+    else:
+        factors = _alternating(flat, W, options, sweeps, found is SWEPT)
+    names = [step.labels for step in flat.chain.factor_steps]
+    return found.having(store(plan.chain, flat.restored(balanced(names, factors))))
+
+
+def _alternating(flat: Plain, W: Array, options: Options, sweeps: int, is_swept: bool) -> Factors:
+    """Decompositions one after another, then sweeps over all factors."""
     if sweeps:  # normal equations square the condition
         W = _array.cast(W, _array.wide(W))
     target = Target.of(flat.chain, W, options.covariance)
     factors = flat.trimmed(factoring.sequence(target))
+    if sweeps and len(factors) == 1:
+        return [alternating.improved(target, factors, 0)]
     if sweeps:
-        factors = _swept(flat, target, factors, sweeps)
-        if options.seed is not None and found is SWEPT:
-            other = _swept(flat, target, flat.trimmed(_random(target, options.seed)), sweeps)
+        factors = alternating.refined(target, factors, sweeps)
+        if options.seed is not None and is_swept:
+            other = alternating.refined(target, flat.trimmed(alternating.random(target, options.seed)), sweeps)
             factors = min(factors, other, key=target.loss)
-    return found.having(store(plan.chain, flat.restored(balanced(target.names, factors))))
-
-
-def _random(target: Target, seed: int) -> Factors:
-    """Gaussian factors, the same in every library, that map unit vectors to vectors of about unit norm."""
-    rng, xp, like = np.random.default_rng(seed), _array.namespace(target.tensor), target.tensor
-    drawn = [rng.standard_normal(f.shape) / math.sqrt(f.fan_in) for f in target.chain.factors]
-    return [xp.asarray(values, dtype=like.dtype, device=like.device) for values in drawn]
+    return factors
 
 
 def judged(chain: Chain) -> Found:
@@ -68,10 +69,3 @@ def judged_weighted(chain: Chain) -> Found:
     if len(chain.factors) == 1:
         return REGRESSED
     return WHITENED if blocks.is_blocks(chain) and blocks.has_one_column(chain) else SWEPT
-
-
-def _swept(flat: Plain, target: Target, factors: Factors, sweeps: int) -> Factors:
-    """By the method that knows most of the chain."""
-    if target.covariance is not None and blocks.is_blocks(flat.chain):
-        return blocks.swept(target, factors, sweeps, flat.live(target.tensor), flat.blocks)
-    return alternating.refined(target, factors, sweeps)

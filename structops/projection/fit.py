@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from structops import _array
-from structops._array import Array, Dtype
+from structops._array import Array
 from structops.errors import BackendError, EntryError, ShapeError, StructureError
 from structops.operators.circulant import CirculantPlan
 from structops.operators.convolution import ConvolutionPlan
@@ -13,6 +13,8 @@ from structops.operators.toeplitz import ToeplitzPlan
 from structops.projection.averages import fit_circulant, fit_convolution, fit_toeplitz
 from structops.projection.chains import fit_chain
 from structops.projection.method import Found, Method, Optimality, Options
+from structops.projection.moments import Moments
+from structops.projection.solving import working
 from structops.spec import ChainPlan, Plan, Structure, registry, structure
 
 # From the plan of a structure to its method.  A new structure that is a chain needs no line.
@@ -23,7 +25,7 @@ METHODS: dict[type[Plan], Method] = {
     ConvolutionPlan: fit_convolution,
 }
 
-COLUMNS = 1024  # of the matrix that are compared at a time
+ROWS = 512  # of the matrix that are compared at a time
 
 
 class Fit(NamedTuple):
@@ -48,7 +50,7 @@ def project(
     W: Array,
     spec: str | Structure,
     *,
-    covariance: Array | None = None,
+    covariance: Array | Moments | None = None,
     refine: int | None = None,
     seed: int | None = None,
 ) -> Any:
@@ -57,7 +59,7 @@ def project(
     Args:
         W: Shape (out_features, in_features).
         spec: A structure or its string form.
-        covariance: Second moments of the input, shape (in_features, in_features); see `fit`.
+        covariance: Second moments of the input, shape (in_features, in_features), or `Moments`; see `fit`.
         refine: Sweeps at most; see `fit`.
         seed: Of a random start; see `fit`.
 
@@ -85,7 +87,7 @@ def fit(
     W: Array,
     spec: str | Structure,
     *,
-    covariance: Array | None = None,
+    covariance: Array | Moments | None = None,
     refine: int | None = None,
     seed: int | None = None,
 ) -> Fit:
@@ -112,7 +114,8 @@ def fit(
         W: Shape (out_features, in_features).  No gradients are kept.
         spec: A structure or its string form.
         covariance: C, symmetric and positive semidefinite, singular or not, shape (in_features, in_features); its scale
-            does not matter.
+            does not matter.  Or `Moments` of the inputs, of which it takes the second moments; a layer with a bias
+            does better with ``moments.centred`` and `bias_shift`.
         refine: Sweeps of alternating least squares at most.  By default none where the result is exact or quasi, else
             100 or as many as help; a quasi result only gets better.
         seed: Adds a random start where sweeps are the method; the better result is kept.  The same numbers in torch and
@@ -159,11 +162,12 @@ def fit_factors(
     W: Array,
     spec: str | Structure,
     *,
-    covariance: Array | None = None,
+    covariance: Array | Moments | None = None,
     refine: int | None = None,
     seed: int | None = None,
 ) -> tuple[Plan, Found, Array]:
     """`fit` for layers: the plan, what was found with its stored factors, and the relative error."""
+    covariance = covariance.covariance if isinstance(covariance, Moments) else covariance
     options = Options(covariance, refine, seed)
     _check(W, options)
     W = W.detach() if hasattr(W, "detach") else W
@@ -173,7 +177,6 @@ def fit_factors(
     method = _method(s, plan)
     W = _array.cast(W, working(W))
     if covariance is not None:
-        W = _array.cast(W, _array.wide(W))
         options = Options(_moments(covariance, W), refine, seed)
     found = method(plan, W, options)
     factors = [_array.cast(factor, given) for factor in found.factors]
@@ -192,12 +195,6 @@ def _method(spec: Structure, plan: Plan) -> Method:
     raise StructureError(
         f"{spec.name} has no projection; those that have: {', '.join(registry())}, and every structure that is a chain"
     )
-
-
-def working(W: Array) -> Dtype:
-    """The dtype in which W is decomposed: its own from 32 bits on, else float32."""
-    name = str(W.dtype).rpartition(".")[2]
-    return W.dtype if name in ("float32", "float64", "complex64", "complex128") else _array.namespace(W).float32
 
 
 def _check(W: Array, options: Options) -> None:
@@ -256,33 +253,34 @@ def _check_finite(what: str, M: Array) -> None:
 
 
 def _moments(covariance: Array, W: Array) -> Array:
-    """The covariance symmetrised, in the dtype and on the device of W, its largest variance 1."""
+    """The covariance symmetrised, in double precision and on the device of W, its largest variance 1."""
     if hasattr(covariance, "detach"):
         covariance = covariance.detach().to(W.device)
-    C = _array.cast(covariance, W.dtype)
-    C = (C + _array.adjoint(C)) / 2
-    xp = _array.namespace(C)
-    largest = xp.max(xp.abs(C))
-    return C / xp.where(largest > 0, largest, xp.ones_like(largest))
+    xp = _array.namespace(covariance)
+    C = _array.cast(covariance, working(covariance))
+    largest = xp.max(xp.abs(xp.linalg.diagonal(C)))
+    C = C / (2 * xp.where(largest > 0, largest, xp.ones_like(largest)))
+    return _array.cast(C + _array.adjoint(C), _array.wide(W))
 
 
 def _error(plan: Plan, factors: list[Array], W: Array, covariance: Array | None) -> Array:
     """The relative error of the operator of these factors."""
-    xp, cols = _array.namespace(W), int(W.shape[1])
-    stored = [_array.cast(factor, W.dtype) for factor in factors]
-    unit = _array.eye(cols, W) if cols <= COLUMNS else None
-    left = []
-    for start in range(0, cols, COLUMNS):
-        rows = min(COLUMNS, cols - start)
-        part = unit if unit is not None else _array.pad(_array.eye(rows, W), [(start, cols - start - rows)])
-        left.append(W[:, start : start + rows] - plan.apply(stored, part).mT)
-    D = xp.concat(left, axis=1)
-    lost, total = (xp.sqrt(_square(M, M if covariance is None else M @ covariance)) for M in (D, W))
+    xp, count = _array.namespace(W), int(W.shape[0])
+    dtype = W.dtype if covariance is None else covariance.dtype
+    A = plan.operator([_array.cast(factor, dtype) for factor in factors])
+    unit, sums = _array.eye(min(count, ROWS), W, dtype), []
+    for start in range(0, count, ROWS):
+        rows = min(ROWS, count - start)
+        part = _array.cast(W[start : start + rows], dtype)
+        left = part - _array.pad(unit[:rows, :rows], [(start, count - start - rows)]) @ A
+        sums.append([_square(M, covariance) for M in (left, part)])
+    lost, total = (xp.sqrt(xp.sum(xp.stack(side))) for side in zip(*sums, strict=True))
     return xp.where(total > 0, lost / xp.where(total > 0, total, xp.ones_like(total)), xp.zeros_like(total))
 
 
-def _square(M: Array, weighted: Array) -> Array:
-    """``<M, weighted>``, which rounding could make negative."""
+def _square(M: Array, covariance: Array | None) -> Array:
+    """``<M, M C>``, which rounding could make negative; in double precision."""
     xp = _array.namespace(M)
-    value = _array.real_part((xp.conj(M) * weighted).sum())
+    value = _array.real_part((xp.conj(M) * (M if covariance is None else M @ covariance)).sum())
+    value = _array.cast(value, _array.wide(value))
     return xp.where(value > 0, value, xp.zeros_like(value))

@@ -7,7 +7,8 @@ play no part.  Padded rows and columns are zeros here; ``weight`` tells them fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import opt_einsum
 
@@ -27,35 +28,37 @@ class Target:
         tensor: The matrix, one axis a label of ``labels``.
         weight: 1 at true entries and 0 at padded ones; None if nothing is padded.
         covariance: Second moments of the input, the axes ``passing + columns + columns``; None for the Frobenius norm.
-        total: The squared norm of the matrix in the metric.
         moments: ``W C``, read as the tensor is; the tensor itself without a covariance.
+        whole: The matrix and the second moments, where entries beside the tensor count.
     """
 
     chain: Chain
     tensor: Array
     weight: Array | None
     covariance: Array | None
-    total: Array
     moments: Array
+    whole: tuple[Array, Array] | None = None
 
     @classmethod
     def of(cls, chain: Chain, W: Array, covariance: Array | None = None) -> Target:
-        """The target of a chain from a matrix of its true shape."""
+        """The target of a chain from a matrix of its true shape, in the dtype of the covariance if there is one."""
         weight = None
         if chain.shape != (chain.padded_out, chain.padded_in):
             weight = _read(chain, _array.ones(W.shape, W))
         tensor = _read(chain, W)
         if covariance is None:
-            total = (_array.namespace(W).abs(W) ** 2).sum()
-            return cls(chain, tensor, weight, None, total, tensor)
-        moments = W @ covariance
-        total = _array.real_part((_array.namespace(W).conj(W) * moments).sum())
-        spread = _array.pad(covariance, [(0, chain.padded_in - chain.in_features)] * 2)
-        inputs = chain.terms[0]
-        names = inputs + _primed_columns(chain, inputs)
-        passing, columns = passing_labels(chain), column_labels(chain)
-        spread = _diagonal(spread.reshape(chain.shape_of(inputs) * 2), names, passing + columns + primed(columns))
-        return cls(chain, tensor, weight, spread, total, _read(chain, moments))
+            return cls(chain, tensor, weight, None, tensor)
+        moments = _moments(chain, W, covariance)
+        whole = (W, covariance) if passing_labels(chain) else None
+        return cls(chain, tensor, weight, spread(chain, covariance), moments, whole)
+
+    @cached_property
+    def total(self) -> Array:
+        """The squared norm of the matrix in the metric."""
+        W, moments = self.tensor, self.moments
+        if self.whole is not None:
+            W, moments = self.whole[0], self.whole[0] @ self.whole[1]
+        return inner(W, moments)
 
     @property
     def labels(self) -> str:
@@ -89,22 +92,48 @@ class Target:
 
     def loss(self, factors: Sequence[Array]) -> Array:
         """The squared norm of what is left in the metric; in the Frobenius norm without what no member can have."""
-        product, xp = self.product(factors), _array.namespace(self.tensor)
+        product = self.product(factors)
         if self.weight is not None:
             product = product * self.weight
         left = self.tensor - product
         if self.covariance is None:
-            return (xp.abs(left) ** 2).sum()
-        if not passing_labels(self.chain):
-            return _array.real_part((xp.conj(left) * self.times_covariance(left)).sum())
+            return inner(left, left)
+        if self.whole is None:
+            return inner(left, self.times_covariance(left))
         after = self.times_covariance(product)  # entries beside the tensor count, too
-        return self.total + _array.real_part((xp.conj(product) * (after - 2 * self.moments)).sum())
+        return self.total + inner(product, after - 2 * self.moments)
 
-    def cast(self, dtype: _array.Dtype) -> Target:
-        """The same target in another dtype."""
-        names = ("tensor", "weight", "covariance", "total", "moments")
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return replace(self, **{name: _array.cast(value, dtype) for name, value in values.items()})
+
+def inner(M: Array, N: Array) -> Array:
+    """The real part of ``<M, N>``."""
+    # A sum of products: the dot product of long vectors in 32 bits is right to three digits alone.
+    return _array.real_part((_array.namespace(M).conj(M) * N).sum())
+
+
+def spread(chain: Chain, covariance: Array) -> Array:
+    """Second moments of the input with the axes ``passing + columns + columns``."""
+    missing, inputs = chain.padded_in - chain.in_features, chain.terms[0]
+    padded = _array.pad(covariance, [(0, missing)] * 2) if missing else covariance
+    passing, columns = passing_labels(chain), column_labels(chain)
+    names = inputs + _primed_columns(chain, inputs)
+    return _diagonal(padded.reshape(chain.shape_of(inputs) * 2), names, passing + columns + primed(columns))
+
+
+def _moments(chain: Chain, W: Array, covariance: Array) -> Array:
+    """``W C`` at the entries of the tensor: for every value of the labels that pass, the columns that have it."""
+    passing, columns, inputs, outputs = passing_labels(chain), column_labels(chain), chain.terms[0], chain.terms[-1]
+    if not passing:
+        return _read(chain, W @ covariance)
+    rest = "".join(label for label in outputs if label not in passing)
+    rows = _array.pad(W, [(0, chain.padded_out - chain.out_features), (0, 0)])
+    rows = ordered(rows.reshape((*chain.shape_of(outputs), -1)), outputs + "\n", passing + rest + "\n")
+    cols = _array.pad(covariance, [(0, 0), (0, chain.padded_in - chain.in_features)])
+    cols = ordered(cols.reshape((-1, *chain.shape_of(inputs))), "\n" + inputs, passing + "\n" + columns)
+    count = chain.size(passing)
+    product = rows.reshape((count, -1, chain.in_features)) @ cols.reshape((count, chain.in_features, -1))
+    return ordered(
+        product.reshape(chain.shape_of(passing + rest + columns)), passing + rest + columns, outputs + columns
+    )
 
 
 def passing_labels(chain: Chain) -> str:
