@@ -26,7 +26,7 @@ LAYERS = (
     {"pattern", "modes", "power_law", "_array", "_plum"},
     {"program"},
     {"chain"},
-    {"contract", "_implicit", "merging"},
+    {"contract", "_implicit", "merging", "shards"},
     {"_repairs"},
     {"_cola"},
     {"spec", "operator"},

@@ -231,12 +231,12 @@ def _of_layer(leaf: Leaf) -> Weight:
     """A parameter as sizes, from what holds it; guessed if that tells nothing."""
     key, shape = leaf.parts[-1] if leaf.parts else "", leaf.shape
     holder, owner = leaf.holders
-    if len(leaf.parts) > 1 and leaf.parts[-2] == "factors" and key.isdigit() and _is_structured(holder):
+    if len(leaf.parts) > 1 and leaf.parts[-2] == "factors" and key.isdigit() and is_structured(holder):
         spec = str(getattr(holder, "structure", "")) or _pattern(holder.plan)
         return _factor(leaf, holder.plan, spec, bool(getattr(holder, "zero_init", False)))
-    if _is_structured(owner) and key == "gains":
+    if is_structured(owner) and key == "gains":
         return _scalar(leaf)
-    if _is_structured(owner) and key == "bias":
+    if is_structured(owner) and key == "bias":
         return _vector(leaf, owner.plan.out_features)
     if key in ("kernel", "weight") and (sizes := _dense(owner, shape)):
         return _matrix(leaf, *sizes)
@@ -278,7 +278,7 @@ def _dense(owner: Any, shape: tuple[int, ...]) -> Dense | None:
     return None
 
 
-def _is_structured(owner: Any) -> bool:
+def is_structured(owner: Any) -> bool:
     """Whether it is a `StructuredLinear` or a module that is built like one."""
     return isinstance(getattr(owner, "plan", None), Plan) and hasattr(owner, "factors")
 

@@ -1,7 +1,7 @@
 """Structured layers on more than one machine; imported on its own, since what it needs of torch is slow to import."""
 
-from structops.torch.distributed.chains import ChainShard as ChainShard
-from structops.torch.distributed.chains import shard_chain as shard_chain
+from structops.shards import ChainShard as ChainShard
+from structops.shards import shard_chain as shard_chain
 from structops.torch.distributed.checkpoint import Resumed as Resumed
 from structops.torch.distributed.checkpoint import resume as resume
 from structops.torch.distributed.checkpoint import save as save

@@ -13,8 +13,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from structops.errors import StructureError
 from structops.normalise import rms_cap
+from structops.shards import ChainShard, Side, shard_chain
 from structops.spec import ChainPlan
-from structops.torch.distributed.chains import ChainShard, Side, shard_chain
 from structops.torch.layer import StructuredLinear
 from structops.torch.product import Product
 

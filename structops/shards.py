@@ -1,4 +1,4 @@
-"""A chain cut along one label: what every process of a tensor-parallel group computes.  Pure Python, no arrays."""
+"""A chain cut along one label: what every device of a tensor-parallel group computes.  Pure Python, no arrays."""
 
 from __future__ import annotations
 
