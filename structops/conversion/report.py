@@ -131,7 +131,7 @@ class Conversion(Sequence[Row]):
         ]
         params, macs, dense = (sum(getattr(row, name) for row in self.rows) for name in ("params", "macs", "dense"))
         body.append(("sum", "", "", "", f"{params:,}", f"{macs:,}", f"{params / max(dense, 1):.3g}", "", ""))
-        lines = _aligned(head, body, right=(4, 5, 6, 7))
+        lines = aligned(head, body, right=(4, 5, 6, 7))
         count = len(self.converted)
         before, after = self.params, self.params - self.saved
         lines.append(
@@ -144,7 +144,7 @@ class Conversion(Sequence[Row]):
         )
         if self.kept:
             lines.append("matrices outside of linear layers stay as they are:")
-            lines += _aligned((), [(f"  {k.name}", "x".join(map(str, k.shape)), k.reason) for k in self.kept])
+            lines += aligned((), [(f"  {k.name}", "x".join(map(str, k.shape)), k.reason) for k in self.kept])
         return "\n".join(lines)
 
     __str__ = table
@@ -180,7 +180,8 @@ def planned(layer: Layer, text: str, plan: Any, tokens: int, machine: Machine, *
     return Row(layer.name, layer.kind, *sizes, text, plan.num_params, plan.macs, faster, **result)
 
 
-def _aligned(head: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a table with aligned columns, some of them to the right."""
     lines = [head, *body] if head else list(body)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
