@@ -12,6 +12,7 @@ from .chain import Chain as Chain
 from .chain import Factor as Factor
 from .contract import contract as contract
 from .errors import BackendError as BackendError
+from .errors import CheckpointError as CheckpointError
 from .errors import DensifyWarning as DensifyWarning
 from .errors import EntryError as EntryError
 from .errors import GradientError as GradientError

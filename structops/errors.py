@@ -26,6 +26,10 @@ class EntryError(ValueError):
     """Numbers that a method cannot work with: infinite, none at all, or without a property that they must have."""
 
 
+class CheckpointError(ValueError):
+    """A folder that holds no checkpoint, a broken one, or that of another model."""
+
+
 class GradientError(NotImplementedError):
     """The gradient of an algorithm that has none; the message names those that have."""
 

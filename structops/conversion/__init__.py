@@ -1,5 +1,7 @@
 """Which layers of a model get which structure, what that saves, and how it is written down; no arrays, no libraries."""
 
+from structops.conversion.config import CheckpointConfig as CheckpointConfig
+from structops.conversion.config import LayerConfig as LayerConfig
 from structops.conversion.report import Conversion as Conversion
 from structops.conversion.report import Kept as Kept
 from structops.conversion.report import Row as Row

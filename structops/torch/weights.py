@@ -137,7 +137,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in modules.items():
         parts = name.split(".") if name else []
         parents = (modules[".".join(parts[:k])] for k in range(len(parts)))
-        yield ".".join(part for part, parent in zip(parts, parents, strict=True) if part != _held(parent)), layer
+        yield ".".join(part for part, parent in zip(parts, parents, strict=True) if part != held(parent)), layer
 
 
 def as_blocks(value: Tensor, factor: Factor) -> Tensor | None:
@@ -158,7 +158,7 @@ def from_blocks(blocks: Tensor, shape: Sequence[int], factor: Factor) -> Tensor:
     return blocks.reshape(tuple(shape))
 
 
-def _held(layer: nn.Module) -> str | None:
+def held(layer: nn.Module) -> str | None:
     """The name under which a wrapper holds the module that it wraps."""
     names = (WRAPPERS.get(kind.__name__) for kind in type(layer).__mro__)
     return next((name for name in names if name), None)
