@@ -1,0 +1,402 @@
+"""Moments of the inputs of the linear layers of a model, from batches of data: what a weighted projection needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structops._progress import track
+from structops.conversion import choose
+from structops.conversion.report import aligned
+from structops.conversion.selection import Select
+from structops.errors import EntryError, StructureError, StructureWarning
+from structops.projection import Moments
+from structops.torch.batches import Forward, call, checked, device_of, evaluating, mask_of, moved, token_weights
+from structops.torch.linears import linear_layers
+
+Weights = Callable[[str, Tensor, Any], Tensor | None]
+STEPS = 20  # of the power method for the largest variance
+
+
+class Calibration(Mapping[str, Moments]):
+    """Moments of the input of every layer by name, in the order in which the layers ran; prints as a table.
+
+    Layers that get the very same inputs, such as the projections of query, key and value, share one `Moments`.  The sum
+    of two is the calibration on the data of both, for the ranks of a distributed run.
+
+    Args:
+        moments: By the name of the layer; those that are one object stay shared.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> found = calibrate(model, [torch.tensor([[1., 0.], [3., 0.]])])
+        >>> found
+        Calibration(2 layers, 2 different inputs, 88 bytes)
+        >>> print(found.table().splitlines()[1])
+        0          2        2             1.0  100.0%        80.0%
+    """
+
+    def __init__(self, moments: Mapping[str, Moments]) -> None:
+        self._moments = dict(moments)
+
+    def __getitem__(self, name: str) -> Moments:
+        """The moments of a layer.
+
+        Raises:
+            KeyError: It was not calibrated.
+        """
+        return self._moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._moments)
+
+    def groups(self) -> list[list[str]]:
+        """The names of the layers that share an input, in the order in which they ran."""
+        groups: dict[int, list[str]] = {}
+        for name, moments in self.items():
+            groups.setdefault(id(moments), []).append(name)
+        return list(groups.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the moments; shared ones count once."""
+        distinct = {id(moments): moments for moments in self.values()}.values()
+        return sum(array.numel() * array.element_size() for moments in distinct for array in moments.arrays().values())
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """The moments of the data of both; a layer that one of them lacks has those of the other."""
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        sums: dict[tuple[int, int], Moments] = {}
+        found = {}
+        for name in dict.fromkeys([*self, *other]):
+            ours, theirs = self.get(name), other.get(name)
+            if ours is None or theirs is None:
+                found[name] = self[name] if theirs is None else theirs
+            else:
+                pair = id(ours), id(theirs)
+                if pair not in sums:
+                    sums[pair] = ours + theirs
+                found[name] = sums[pair]
+        return Calibration(found)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; `load` reads it.  The file appears whole or not at all."""
+        from safetensors.torch import save
+
+        groups = self.groups()
+        arrays = {
+            f"{k}.{key}": array.detach().contiguous().cpu()
+            for k, group in enumerate(groups)
+            for key, array in self[group[0]].arrays().items()
+        }
+        order = {name: k for k, group in enumerate(groups) for name in group}
+        layers = json.dumps({name: order[name] for name in self})
+        path = Path(file)
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(save(arrays, metadata={"format": "pt", "structops.calibration": layers}))
+            os.chmod(unfinished, 0o644)
+            os.replace(unfinished, path)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str], device: torch.device | str = "cpu") -> Calibration:
+        """What `save` wrote.
+
+        Raises:
+            EntryError: The file is no calibration.
+        """
+        from safetensors import safe_open
+
+        with safe_open(file, "pt", device=str(device)) as stored:
+            layers = (stored.metadata() or {}).get("structops.calibration")
+            if layers is None:
+                raise EntryError(f"{file} is no calibration; Calibration.save writes one")
+            arrays: dict[str, dict[str, Tensor]] = {}
+            for key in stored.keys():  # noqa: SIM118  (no mapping)
+                group, name = key.split(".")
+                arrays.setdefault(group, {})[name] = stored.get_tensor(key)
+        moments = {group: Moments.from_arrays(found) for group, found in arrays.items()}
+        return cls({name: moments[str(k)] for name, k in json.loads(layers).items()})
+
+    def table(self) -> str:
+        """One line a layer.
+
+        - *vectors*: the sum of their weights; with fewer than inputs the moments are singular.
+        - *effective rank*: ``(sum of variances)^2 / sum of squared variances`` along the principal axes, at most the
+          number of inputs: how much there is to gain over a projection without calibration.
+        - *top*: share of the largest of these variances in their sum.
+        - *mean*: share of the mean in the second moments, which a bias takes over.
+        """
+        head = ("layer", "inputs", "vectors", "effective rank", "top", "mean")
+        body = []
+        for group in self.groups():
+            moments = self[group[0]]
+            rank, top, mean = _spectrum(moments)
+            cells = (f"{moments.features}", f"{float(moments.count):,.7g}", f"{rank:.1f}", f"{top:.1%}", f"{mean:.1%}")
+            body += [(name or "(the model)", *cells) for name in group]
+        return "\n".join(aligned(head, body, right=(1, 2, 3, 4, 5)))
+
+    __str__ = table
+
+    def __repr__(self) -> str:
+        """Counts and memory."""
+        return f"Calibration({len(self)} layers, {len(self.groups())} different inputs, {_bytes(self.nbytes)})"
+
+
+def _spectrum(moments: Moments) -> tuple[float, float, float]:
+    """Effective rank, share of the largest variance, and share of the mean in the second moments."""
+    spread, mean = moments.centred, moments.mean
+    trace, square = float(spread.diagonal().real.double().sum()), float(mean.abs().double().square().sum())
+    if trace <= 0:
+        return 0.0, 0.0, 1.0 if square else 0.0
+    rank = trace**2 / float(torch.linalg.vector_norm(spread, dtype=_wide(spread))) ** 2
+    v = spread[:, spread.diagonal().real.argmax()]
+    for _ in range(STEPS):
+        v = spread @ (v / v.norm())
+    return rank, float(v.norm()) / trace, square / (square + trace)
+
+
+def _wide(array: Tensor) -> torch.dtype:
+    return torch.complex128 if array.is_complex() else torch.float64
+
+
+def _bytes(count: int) -> str:
+    power = min(3, max(0, count.bit_length() - 1) // 10)
+    return f"{count} bytes" if power == 0 else f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    select: Select = None,
+    *,
+    max_batches: int | None = None,
+    weights: Weights | None = None,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    r"""Moments of the inputs of linear layers over data, for ``structurize(model, ..., calibration=...)``.
+
+    The model runs in evaluation mode without gradients, as it is (not compiled); afterwards every module is in its
+    own mode again.
+
+    Args:
+        model: Any module, also a single linear layer.
+        batches: Any iterable.  A batch is a tensor; a tuple or list, of which the first element is the input; a mapping
+            of keyword arguments; or ``(args, kwargs)``.  Tensors are moved to the device of the first parameter.
+        select: The layers, as for `structops.torch.structurize`, of which rules may be taken as they are.  By default
+            those that it converts by default.
+        max_batches: Where to stop.
+        weights: How much every vector counts, a function of the layer's name, its input and the batch, of shape
+            ``input.shape[:-1]``; None for all alike.  By default a batch's two-dimensional ``attention_mask`` leaves
+            out padding, for inputs whose axes before the last are those of the mask, also flattened; inputs of other
+            shapes (of the experts of a mixture, of a decoder that has another length than its encoder) count whole.
+            Layers that share an input are asked once.
+        forward: ``forward(model, batch)`` runs the model on what is not a batch of these kinds.
+        device: Where the moments are, such as ``"cpu"``; by default with the inputs.
+        progress: Whether to show a bar; by default in terminals and notebooks.
+
+    Returns:
+        A `Calibration`: a mapping from names to `structops.projection.Moments`, with ``save`` and ``load``.
+
+    Raises:
+        StructureError: No layer is selected, there is no batch, a batch is of another kind, or as in
+            `structops.conversion.choose`.
+        EntryError: Inputs of a layer are not finite.
+
+    **Warnings.** `StructureWarning` names layers that no vector reached, such as experts that were not chosen; they are
+    left out, and `structurize` refuses them.
+
+    **Cost.** The forward passes, and ``inputs^2`` MACs and numbers of memory a vector and a layer; layers that get the
+    same tensor share both.  With ``device="cpu"`` and a model elsewhere, inputs are copied and the sums are the CPU's.
+
+    **Numerics.** Sums in float32 also for inputs of 16 bits; see `structops.projection.Moments`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> found = calibrate(model, torch.randn(10, 32, 8).unbind(), select=["0", "2"])
+        >>> {name: moments.features for name, moments in found.items()}
+        {'0': 8, '2': 16}
+        >>> from structops.torch import structurize
+        >>> small = structurize(model, "low_rank(rank=2)", select=["0", "2"], calibration=found)
+    """
+    chosen = [choice.layer for choice in choose(linear_layers(model), "dense", select) if choice.structure is not None]
+    if not chosen:
+        raise StructureError("calibrate: no layer is selected; structurize(..., dry_run=True) lists them and says why")
+    record = _Record(weights, device)
+    run, place = forward or call, device_of(model)
+    most = 4 * sum(layer.in_features**2 for layer in chosen)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if "torch._dynamo" in sys.modules:  # compiled code would not call the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer in chosen:
+            hook = partial(record.before, layer.name)
+            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        length = len(batches) if isinstance(batches, Sized) else None
+        total = max_batches if length is None else min(length, max_batches or length)
+        title = f"calibrating, at most {_bytes(most)}"
+        for batch in track(islice(checked(batches), max_batches), title, total, progress):
+            record.batch = moved(batch, place)
+            run(model, record.batch)
+            record.end()
+    if not record.batches:
+        raise StructureError("calibrate: there is no batch; an iterator that was gone through before is empty")
+    return _finished(record, [layer.name for layer in chosen])
+
+
+def _finished(record: _Record, names: list[str]) -> Calibration:
+    """The moments of all layers that were reached.
+
+    Raises:
+        StructureError: None was.
+        EntryError: Inputs were not finite.
+    """
+    found = {name: shared.moments for name, shared in record.shared.items() if float(shared.moments.count) > 0}
+    missing = ", ".join(name or "the model" for name in names if name not in found)
+    if not found:
+        raise StructureError(f"calibrate: no vector came to {missing}; does the model's forward call them?")
+    if missing:
+        warnings.warn(f"calibrate: no vector came to {missing}; left out", StructureWarning, stacklevel=3)
+    bad = [name for name, moments in found.items() if not bool(moments.centred.diagonal().isfinite().all())]
+    if bad:
+        raise EntryError(
+            f"calibrate: inputs of {', '.join(bad[:5])} are not finite; look at the data, or run the model in bfloat16 "
+            f"or float32"
+        )
+    return Calibration(found)
+
+
+# ------------------------------------------------------------------------------------- layers that share their inputs
+
+
+class _Seen:
+    """A tensor that was given to a layer, without keeping it alive."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.ref, self.version = weakref.ref(x), _version(x)
+
+    def is_(self, x: Tensor) -> bool:
+        """Whether it is this tensor, unchanged."""
+        return self.ref() is x and self.version is not None and self.version == _version(x)
+
+
+def _version(x: Tensor) -> int | None:
+    """Counts changes in place; None where they are not counted."""
+    return None if x.is_inference() else x._version
+
+
+@dataclass(eq=False)
+class _Shared:
+    """Layers that got the same tensors so far, and their moments.
+
+    Attributes:
+        moments: Of all earlier batches, and of the first ``done`` inputs of this one.
+        calls: How often every layer was called in this batch.
+        seen: The inputs of this batch.
+        waiting: Copies of those, with their weights, that not every layer has got yet.
+        done: The number of those that every layer has got.
+    """
+
+    moments: Moments
+    calls: dict[str, int] = field(default_factory=dict)
+    seen: list[_Seen] = field(default_factory=list)
+    waiting: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    done: int = 0
+
+    def settle(self) -> None:
+        """Count what every layer has got."""
+        while self.waiting and self.done < min(self.calls.values()):
+            self.moments.add(*self.waiting.pop(0))
+            self.done += 1
+
+    def without(self, name: str) -> _Shared:
+        """A layer that got something else from now on, taken out."""
+        arrays = {key: array.clone() for key, array in self.moments.arrays().items()}
+        count = self.calls.pop(name)
+        alone = _Shared(Moments.from_arrays(arrays), {name: count}, self.seen[:count], done=self.done)
+        alone.waiting = self.waiting[: count - self.done]
+        alone.settle()
+        self.settle()
+        return alone
+
+
+class _Record:
+    """What the hooks of all layers write down."""
+
+    def __init__(self, weights: Weights | None, device: torch.device | str | None) -> None:
+        self.weights, self.device, self.batch, self.batches = weights, device, None, 0
+        self.shared: dict[str, _Shared] = {}
+        self.born: list[_Shared] = []  # in this batch: layers that are called for the first time may join them
+
+    def before(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook that a layer calls with its input."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        shared = self.shared.get(name) or self._join(name, x)
+        k = shared.calls[name]
+        if k < len(shared.seen) and not shared.seen[k].is_(x):
+            shared = self.shared[name] = shared.without(name)
+        if k == len(shared.seen):
+            shared.seen.append(_Seen(x))
+            # What waits for the other layers may be changed in place before they come.
+            shared.waiting.append((x.clone() if len(shared.calls) > 1 else x, self._weights(name, x)))
+        shared.calls[name] = k + 1
+        shared.settle()
+
+    def _join(self, name: str, x: Tensor) -> _Shared:
+        """The layers that got this as their first input, too, or a new one.
+
+        Raises:
+            StructureError: The model has no numbers.
+        """
+        if x.is_meta:
+            raise StructureError("calibrate: the model is on the meta device; load its weights first")
+        for shared in self.born:
+            if len(shared.seen) == 1 and shared.seen[0].is_(x):
+                break
+        else:
+            like = torch.empty(0, dtype=x.dtype, device=self.device or x.device)
+            shared = _Shared(Moments.zeros(int(x.shape[-1]), like))
+            self.born.append(shared)
+        shared.calls[name] = 0
+        self.shared[name] = shared
+        return shared
+
+    def _weights(self, name: str, x: Tensor) -> Tensor | None:
+        return token_weights(mask_of(self.batch), x) if self.weights is None else self.weights(name, x, self.batch)
+
+    def end(self) -> None:
+        """A batch is over: layers that were not called as often as the others do not share their inputs."""
+        for name, shared in list(self.shared.items()):
+            if shared.calls[name] < len(shared.seen):
+                self.shared[name] = shared.without(name)
+        for shared in self.shared.values():
+            shared.calls = dict.fromkeys(shared.calls, 0)
+            shared.seen, shared.waiting, shared.done = [], [], 0
+        self.born = []
+        self.batches += 1
