@@ -367,11 +367,11 @@ def check_two_axes(folder):
         resume(folder / "fsdp", model, optimizer)
         losses = mean(train(model, [optimizer], part=part, start=4))
         close(losses, torch.load(folder / "losses.pt", weights_only=True))
-    init_(model, plan(model), seed(3))
-    init_(reference, plan(reference), seed(3))
-    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        if "factors" in name:
-            close(ours.detach(), theirs.detach(), rtol=0, atol=0)
+    reference = net()
+    model = sharded(parallel(net(), mesh["tp"]), mesh["dp"])
+    for each in (model, reference):
+        init_(each, plan(each), seed(3))
+    same_parameters(model, reference, rtol=0, atol=0)
     close(mean(train(model, muon(model), part=part)), mean(train(reference, muon(reference))), rtol=1e-3, atol=1e-3)
 
 
