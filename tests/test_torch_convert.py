@@ -376,6 +376,31 @@ def test_calibrated_with_second_moments():
     assert seeing[0].projection.error < 1e-6
 
 
+@pytest.mark.parametrize("spec", ["low_rank(rank=3)", "btt(rank=4, blocks=2)", "block_diag(blocks=3)"])
+def test_calibrated_with_moments(spec):
+    """With a bias the mean of the inputs costs nothing; without one the second moments count as they are."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 5 * torch.randn(12)
+    for bias in (True, False):
+        model = mlp(12, 12, bias=bias)
+        moments = so.projection.Moments.zeros(12, x).add(x)
+        before = model[0].bias.detach().clone() if bias else None
+        found = structurize(model, spec, calibration={"0": moments})
+        C = x.T @ x / 400
+        rival = structurize(model, spec, calibration={"0": C})
+        if bias:
+            W, A = model[0].weight, found[0].operator().to_dense()
+            torch.testing.assert_close(found[0].bias - before, (W - A) @ x.mean(0))
+            assert torch.equal(model[0].bias, before)
+            assert (found(x) - model(x)).norm() < 0.99 * (rival(x) - model(x)).norm()
+            # The mean of the outputs is right to rounding.
+            torch.testing.assert_close(found(x).mean(0), model(x).mean(0))
+        else:
+            torch.testing.assert_close(found(x), rival(x))
+        blind = structurize(model, spec)
+        assert (found(x) - model(x)).norm() < 0.9 * (blind(x) - model(x)).norm()
+
+
 # -------------------------------------------------------------------------------------------------- meta, table, T5
 
 
