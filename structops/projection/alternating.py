@@ -25,6 +25,7 @@ from structops.projection.target import Factors, Target, column_labels, contract
 
 JOINT = 1024  # unknowns that are solved for together
 MOST = 8192
+Operands = list[tuple[str, Array]]
 TOLERANCE = 1e-5  # of the error that a sweep must take away for another to follow
 
 
@@ -91,11 +92,11 @@ class _Problem:
 
     def __init__(self, target: Target, factors: Sequence[Array], k: int) -> None:
         self.target, name, chain = target, target.names[k], target.chain
-        others = [(n, f) for i, (n, f) in enumerate(zip(target.names, factors, strict=True)) if i != k]
-        around = "".join(dict.fromkeys("".join(n for n, _ in others)))
+        # Never multiplied out: bonds that all factors share would make more of them than the matrix has entries.
+        self.rest = [(n, f) for i, (n, f) in enumerate(zip(target.names, factors, strict=True)) if i != k]
+        around = "".join(dict.fromkeys("".join(n for n, _ in self.rest)))
         self.around = "".join(n for n in around if n in target.labels or n in name)
-        unit = [("", _array.ones((), target.tensor))]
-        self.rest = contract(others or unit, self.around)
+        self.hidden = "".join(n for n in around if n not in self.around)
         inputs = "".join(n for n in name if n in target.labels and n not in chain.terms[-1])
         inner = "".join(n for n in name if n not in target.labels)
         self.passing, self.turns = passing_labels(chain), ""
@@ -132,42 +133,41 @@ class _Problem:
 
     def correction(self, step: Array, values: Mapping[str, int]) -> Array:
         """The change of the factor at these values of the labels that take turns."""
-        xp, labels = _array.namespace(step), self.target.labels
-        around, rest = _at(self.around, self.rest, values)
-        here, local = _at(labels, step, values)
-        right = contract([(around, xp.conj(rest)), (here, local)], self.axes)
+        rest = [_at(*pair, values) for pair in self.rest]
+        right = contract([*_conjugate(rest), _at(self.target.labels, step, values)], self.axes)
         size = self.target.chain.size
         if self.target.covariance is not None and self.splits:
-            return self._split(around, rest, right, values)
-        same, gram = self._gram(around, rest, values)
+            return self._split(rest, right, values)
+        same, gram = self._gram(rest, values)
         order = same + "".join(n for n in self.free if n not in same) + self.unknown
         moved = ordered(right, self.axes, order)
         flat = moved.reshape((size(same), -1, size(self.unknown)))
         solved = flat @ positive_inverse(gram.reshape((size(same), *(size(self.unknown),) * 2))).mT
         return ordered(solved.reshape(moved.shape), order, self.axes)
 
-    def _gram(self, around: str, rest: Array, values: Mapping[str, int]) -> tuple[str, Array]:
+    def _gram(self, rest: Operands, values: Mapping[str, int]) -> tuple[str, Array]:
         """The matrix of the normal equations and the free labels that it depends on; its axes: those, rows, columns."""
-        xp, covariance = _array.namespace(rest), self.target.covariance
+        covariance = self.target.covariance
         if covariance is None:
-            free = "".join(n for n in self.free if n in around)
-            second = "".join(primed(n) if n in self.unknown else n for n in around)
-            pair = [(around, xp.conj(rest)), (second, rest)]
-            return free, self.times * contract(pair, free + self.unknown + primed(self.unknown))
+            free = "".join(n for n in self.free if n in self.around)
+            both = [*_conjugate(rest), *_second(rest, self.unknown + self.hidden)] or self._unit()
+            return free, self.times * contract(both, free + self.unknown + primed(self.unknown))
         twice = {primed(n): value for n, value in values.items()} | dict(values)
         spread = _at(self.passing + primed(self.columns) + self.columns, covariance, twice)
-        free = "".join(n for n in self.free if n in around + self.passing)
-        second = "".join(primed(n) if n in self.unknown + self.columns else n for n in around)
-        triple = [(around, xp.conj(rest)), spread, (second, rest)]
-        return free, contract(triple, free + self.unknown + primed(self.unknown))
+        free = "".join(n for n in self.free if n in self.around + self.passing)
+        all_three = [*_conjugate(rest), spread, *_second(rest, self.unknown + self.columns + self.hidden)]
+        return free, contract(all_three, free + self.unknown + primed(self.unknown))
 
-    def _split(self, around: str, rest: Array, right: Array, values: Mapping[str, int]) -> Array:
+    def _unit(self) -> Operands:
+        return [("", _array.ones((), self.target.tensor))]
+
+    def _split(self, rest: Operands, right: Array, values: Mapping[str, int]) -> Array:
         """Where the matrix is a Kronecker product, of the bonds' and of the covariance of the factor's own inputs."""
-        xp, size = _array.namespace(rest), self.target.chain.size
+        size = self.target.chain.size
         inner = "".join(n for n in self.unknown if n not in self.own)
-        free = "".join(n for n in self.free if n in around)
-        second = "".join(primed(n) if n in inner else n for n in around)
-        gram = contract([(around, xp.conj(rest)), (second, rest)], free + inner + primed(inner))
+        free = "".join(n for n in self.free if n in self.around)
+        both = [*_conjugate(rest), *_second(rest, inner + self.hidden)] or self._unit()
+        gram = contract(both, free + inner + primed(inner))
         bonds = positive_inverse(gram.reshape((size(free), *(size(inner),) * 2)))
         bonds = bonds.reshape(self.target.chain.shape_of(free + inner + inner))
         twice = {primed(n): value for n, value in values.items()} | dict(values)
@@ -181,14 +181,22 @@ class _Problem:
 
     def consequence(self, change: Array, values: Mapping[str, int]) -> Array:
         """What the descent loses when the factor changes at these values of the labels that take turns."""
-        around, rest = _at(self.around, self.rest, values)
         target = self.target
         spread = target.covariance
         labels = "".join(n for n in target.labels if n not in values)
-        moved = contract([(self.axes, change), (around, rest)], labels)
+        moved = contract([(self.axes, change), *(_at(*pair, values) for pair in self.rest)], labels)
         names, local = _at(self.passing + self.columns + primed(self.columns), spread, values)
         lost = contract([(labels, moved), (names, local)], target.chain.terms[-1] + primed(self.columns))
         return lost if target.weight is None else lost * target.weight
+
+
+def _conjugate(operands: Operands) -> Operands:
+    return [(labels, _array.namespace(array).conj(array)) for labels, array in operands]
+
+
+def _second(operands: Operands, apart: str) -> Operands:
+    """The same arrays again, with labels of their own in place of some."""
+    return [("".join(primed(n) if n in apart else n for n in labels), array) for labels, array in operands]
 
 
 def _at(labels: str, array: Array, values: Mapping[str, int]) -> tuple[str, Array]:

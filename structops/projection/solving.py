@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from structops import _array
 from structops._array import Array, Dtype
 
-PIECE = 2**23  # numbers that are worked on at a time, 64 MiB in double precision
+PIECE = 2**22  # numbers that are worked on at a time, 32 MiB in double precision
 
 
 def pieces(shape: Sequence[int], leading: int, most: int | None = None) -> Iterator[tuple[slice, ...]]:
