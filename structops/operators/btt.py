@@ -23,12 +23,15 @@ class BTT(TrainOperator):
     Args:
         cores: ``cores[t]`` has shape (r_{t-1}, m_t, ..., m_c, n_1, ..., n_t, r_t) with output modes m, input modes n
             and r_0 = r_c = 1.  The first is the most significant; the last is applied first.
+        in_features: True input size where the modes pad it.
+        out_features: True output size where the modes pad it.
 
     Raises:
-        ShapeError: A core has not c + 3 axes, modes or ranks do not chain, or an outer rank is not 1.
+        ShapeError: A core has not c + 3 axes, modes or ranks do not chain, or an outer rank is not 1; or a true size
+            exceeds the padded one.
         BackendError: No torch or JAX arrays, or a mixture.
 
-    **Shapes.** ``A @ X``: (prod n,) or (prod n, k); ``X @ A``: (..., prod m).
+    **Shapes.** ``A @ X``: (in,) or (in, k); ``X @ A``: (..., out), where in = prod n and out = prod m unless padded.
 
     **Cost.** Parameters and MACs per vector: sum of r_{t-1} r_t (n_1...n_t)(m_t...m_c); with two cores and square sizes
     2 rank d^1.5.
@@ -56,11 +59,12 @@ class BTT(TrainOperator):
 @register
 @dataclass(frozen=True)
 class BTTStructure(TrainStructure):
-    """``btt(rank, num_cores, modes)`` as `TrainStructure`, or ``btt(rank, blocks)``.
+    """``btt(rank, num_cores, modes, params, pad)`` as `TrainStructure`, or ``btt(rank, blocks)``.
 
     Args:
         blocks: With two cores, the number of blocks of both: input modes (blocks, in / blocks), output modes
-            (out / blocks, blocks).  Few large blocks are what is fast; root-d blocks are the paper's.
+            (out / blocks, blocks).  Few large blocks are what is fast; root-d blocks are the paper's.  Sizes that it
+            does not divide are padded to the next multiple with ``pad=True``.
     """
 
     name = "btt"
@@ -81,9 +85,12 @@ class BTTStructure(TrainStructure):
         """Output and input modes at this size.
 
         Raises:
-            StructureError: ``blocks`` does not divide a size; the message names the nearest sizes and blocks.
+            StructureError: ``blocks`` does not divide a size and ``pad`` is False; the message names the nearest sizes
+                and blocks.
         """
         if self.blocks is None:
             return super().mode_sizes(in_features, out_features)
-        check_blocks(self, self.blocks, in_features, out_features)
-        return (out_features // self.blocks, self.blocks), (self.blocks, in_features // self.blocks)
+        if not self.pad:
+            check_blocks(self, self.blocks, in_features, out_features)
+        rows, cols = (-(-size // self.blocks) for size in (out_features, in_features))
+        return (rows, self.blocks), (self.blocks, cols)

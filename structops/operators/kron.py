@@ -26,17 +26,17 @@ from structops.operators.composite import CompositeOperator, as_part, fused, lik
 from structops.operators.dense import Dense
 from structops.operators.diagonal import through_spectrum
 from structops.operators.permutation import ascending, descending
-from structops.operators.train import Modes, check_modes, resolve_modes, train_chain
+from structops.operators.train import Modes, check_modes, check_pad, resolve_modes, train_chain
 from structops.spec import Structure, check_count, check_sizes, register, warn_capped_rank
 
 
 @cache
-def kron_chain(out_modes: Modes, in_modes: Modes) -> Chain:
+def kron_chain(out_modes: Modes, in_modes: Modes, in_features: int = 0, out_features: int = 0) -> Chain:
     """The chain of a tensor-train of rank 1, without the rank labels: ``cd, bd, ac -> ab``."""
     train = train_chain("tt", out_modes, in_modes, (1,) * (len(out_modes) - 1))
     inputs, outputs = train.terms[0], train.terms[-1]
     factors = [o + i for o, i in zip(reversed(outputs), reversed(inputs), strict=True)]
-    return Chain(", ".join([inputs, *factors]) + " -> " + outputs, train.sizes)
+    return Chain(", ".join([inputs, *factors]) + " -> " + outputs, train.sizes, in_features, out_features)
 
 
 class Kron(CompositeOperator, _cola.Kronecker):
@@ -117,30 +117,44 @@ def _apply_on_axis(M: _cola.LinearOperator, state: Array, axis: int) -> Array:
 @register
 @dataclass(frozen=True)
 class KronStructure(Structure):
-    """``kron(num_factors, modes)``.
+    """``kron(num_factors, modes, pad)``.
 
     Args:
         num_factors: Number of factors.
         modes: ``"balanced"``, ``"greedy"`` or explicit ``((m...), (n...))``, output first.
+        pad: Whether sizes without suitable modes are padded to the next that has them, as in `TrainStructure`.  The
+            matrix is then the upper left part of a Kronecker product, which has neither its inverse nor its spectrum:
+            the operator is a `TT` of rank 1.
     """
 
     name = "kron"
     num_factors: int = 2
     modes: str | tuple[Modes, Modes] = "balanced"
+    pad: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that no size is needed for."""
         check_count(self, "num_factors", self.num_factors)
         check_modes(self, self.modes, self.num_factors)
+        check_pad(self, self.pad)
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """One factor a mode, the least significant first."""
         check_sizes(self, in_features, out_features)
-        chain = kron_chain(*resolve_modes(self, self.modes, self.num_factors, in_features, out_features))
+        modes = resolve_modes(self, self.modes, self.num_factors, in_features, out_features, self.pad)
+        chain = kron_chain(*modes, in_features, out_features)
         warn_capped_rank(self, chain, "choose modes")
         return chain
 
-    build = staticmethod(Kron.from_factors)
+    @staticmethod
+    def build(chain: Chain, factors: Sequence[Array]) -> Any:
+        """A `Kron`, or where the chain is padded a `TT`."""
+        if chain.shape == (chain.padded_out, chain.padded_in):
+            return Kron.from_factors(chain, factors)
+        from structops.operators.tt import TT  # which needs Kron
+
+        cores = [array.reshape((1, *array.shape[-2:], 1)) for array in reversed(factors)]
+        return TT(cores, in_features=chain.in_features, out_features=chain.out_features)
 
 
 @factors.dispatch(precedence=1)

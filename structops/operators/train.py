@@ -30,8 +30,12 @@ Modes = tuple[int, ...]
 
 
 @cache
-def train_chain(kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> Chain:
+def train_chain(
+    kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks, in_features: int = 0, out_features: int = 0
+) -> Chain:
     """The chain of ``tt`` or ``btt`` cores; ``ranks`` are the inner ones, one fewer than there are modes.
+
+    The true sizes, where the modes pad them, come last.
 
     Core t has the axes (rank before, output modes, input modes, rank after): of the modes, tensor-train gives it only
     the t-th of either side, block tensor-train also those that are in the state when it is applied.  Modes are labelled
@@ -48,7 +52,7 @@ def train_chain(kind: str, out_modes: Modes, in_modes: Modes, ranks: Ranks) -> C
         else:
             terms.append(left + outputs[t:] + inputs[: t + 1] + right)
     sizes = dict(zip(outputs + inputs + bonds, (*out_modes, *in_modes, *ranks), strict=True))
-    return Chain(", ".join([inputs, *reversed(terms)]) + " -> " + outputs, sizes)
+    return Chain(", ".join([inputs, *reversed(terms)]) + " -> " + outputs, sizes, in_features, out_features)
 
 
 def _labels(letters: str, further: int, count: int) -> str:
@@ -62,12 +66,20 @@ class TrainOperator(HasRank, ChainOperator):
     kind: str
     axes: str  # of a core, for messages
 
-    def __init__(self, cores: Sequence[Array]) -> None:
+    def __init__(
+        self, cores: Sequence[Array], *, in_features: int | None = None, out_features: int | None = None
+    ) -> None:
         name = type(self).__name__
         cores = tuple(cores)
         check_arrays(name, cores)
         out_modes, in_modes, ranks = self._sizes([tuple(core.shape) for core in cores])
-        self._set(train_chain(self.kind, out_modes, in_modes, ranks), cores[::-1])
+        for what, true, modes in (("in_features", in_features, in_modes), ("out_features", out_features, out_modes)):
+            if true is not None and not 1 <= true <= math.prod(modes):
+                raise ShapeError(
+                    f"{name}: {what} must lie between 1 and the {math.prod(modes)} of the modes {modes}, got {true}"
+                )
+        chain = train_chain(self.kind, out_modes, in_modes, ranks, in_features or 0, out_features or 0)
+        self._set(chain, cores[::-1])
 
     @classmethod
     def _sizes(cls, shapes: list[tuple[int, ...]]) -> tuple[Modes, Modes, Ranks]:
@@ -103,18 +115,24 @@ class TrainOperator(HasRank, ChainOperator):
         return tuple(shapes)
 
     @property
+    def is_padded(self) -> bool:
+        """Whether the modes hold more than the true sizes."""
+        return self.shape != (self.chain.padded_out, self.chain.padded_in)
+
+    @property
     def ranks(self) -> Ranks:
         """The inner ranks in textbook order."""
         return tuple(int(core.shape[-1]) for core in self.textbook[:-1])
 
     def describe(self) -> str:
-        """Modes and ranks."""
+        """Modes, ranks and padding."""
         out, inn = (
             "x".join(str(size) for size in self.chain.shape_of(labels))
             for labels in (self.chain.terms[-1], self.chain.terms[0])
         )
         ranks = ", ".join(map(str, self.ranks))
-        return f"modes {out} by {inn}{', rank ' + ranks if ranks else ''}"
+        padded = f", padded to {self.chain.padded_out}x{self.chain.padded_in}" if self.is_padded else ""
+        return f"modes {out} by {inn}{', rank ' + ranks if ranks else ''}{padded}"
 
 
 @dataclass(frozen=True)
@@ -126,12 +144,15 @@ class TrainStructure(Structure):
         num_cores: Number of cores.
         modes: ``"balanced"``, ``"greedy"`` or explicit ``((m...), (n...))``, output first.
         params: In place of the rank, the largest that keeps within this share of the dense parameters.
+        pad: Whether sizes without suitable modes are padded to the next that has them, see `padded_size`; explicit
+            modes may then multiply to more than the sizes.  Padded parameters are counted.
     """
 
     rank: int | Ranks | None = None
     num_cores: int = 2
     modes: str | tuple[Modes, Modes] = "balanced"
     params: float | None = None
+    pad: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments that no size is needed for."""
@@ -147,10 +168,11 @@ class TrainStructure(Structure):
                 f"{self.name}: {self.num_cores} cores have {self.num_cores - 1} inner ranks, got rank={self.rank}"
             )
         check_modes(self, self.modes, self.num_cores)
+        check_pad(self, self.pad)
 
     def mode_sizes(self, in_features: int, out_features: int) -> tuple[Modes, Modes]:
         """Output and input modes at this size, most significant first."""
-        return resolve_modes(self, self.modes, self.num_cores, in_features, out_features)
+        return resolve_modes(self, self.modes, self.num_cores, in_features, out_features, self.pad)
 
     def chain(self, in_features: int, out_features: int) -> Chain:
         """One factor a core, the last core first."""
@@ -159,7 +181,7 @@ class TrainStructure(Structure):
         inner = self.num_cores - 1
 
         def at(ranks: Ranks) -> Chain:
-            return train_chain(self.name, out_modes, in_modes, ranks)
+            return train_chain(self.name, out_modes, in_modes, ranks, in_features, out_features)
 
         if self.params is not None:
             dense = in_features * out_features
@@ -206,20 +228,54 @@ def check_modes(spec: Structure, modes: Any, count: int) -> None:
         )
 
 
-def resolve_modes(spec: Structure, modes: Any, count: int, in_features: int, out_features: int) -> tuple[Modes, Modes]:
-    """Output and input modes for the sizes of a layer.
+def check_pad(spec: Structure, pad: Any) -> None:
+    """A yes or no.
 
     Raises:
-        StructureError: Explicit modes do not multiply to the sizes.
+        StructureError: Anything else.
+    """
+    if not isinstance(pad, bool):
+        raise StructureError(f"{spec.name}: pad must be True or False, got {pad!r}")
+
+
+@cache
+def padded_size(size: int, count: int, rule: Any) -> int:
+    """The next size, from ``size`` on, whose largest mode is at most twice its smallest.
+
+    Raises:
+        StructureError: The rule is unknown, or the size or the number of modes is below 1.
+
+    Example:
+        >>> padded_size(50257, 2, "balanced"), padded_size(7, 2, "balanced"), padded_size(13, 3, "balanced")
+        (50264, 8, 16)
+    """
+    while True:
+        found = factorising.modes(size, count, rule)
+        if found[0] <= 2 * found[-1]:
+            return size
+        size += 1
+
+
+def resolve_modes(
+    spec: Structure, modes: Any, count: int, in_features: int, out_features: int, pad: bool = False
+) -> tuple[Modes, Modes]:
+    """Output and input modes for the sizes of a layer, or with ``pad`` for sizes that hold them.
+
+    Raises:
+        StructureError: Explicit modes do not multiply to the sizes, or with ``pad`` to less.
     """
     if isinstance(modes, str):
         rule: Any = modes
-        return factorising.modes(out_features, count, rule), factorising.modes(in_features, count, rule)
+        sizes = (padded_size(size, count, rule) if pad else size for size in (out_features, in_features))
+        out_modes, in_modes = (factorising.modes(size, count, rule) for size in sizes)
+        return out_modes, in_modes
     out_modes, in_modes = modes
     for side, size, what in ((out_modes, out_features, "out_features"), (in_modes, in_features, "in_features")):
-        if math.prod(side) != size:
+        product = math.prod(side)
+        if product < size or (product > size and not pad):
             balanced = factorising.modes(size, count)
+            hint = "; pad=True would pad it" if product > size else ""
             raise StructureError(
-                f"{spec}: the modes {side} multiply to {math.prod(side)}, but {what}={size}; {balanced} would work"
+                f"{spec}: the modes {side} multiply to {product}, but {what}={size}; {balanced} would work{hint}"
             )
     return out_modes, in_modes

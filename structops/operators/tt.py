@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from structops import _array
@@ -28,12 +29,15 @@ class TT(TrainOperator):
     Args:
         cores: ``cores[t]`` has shape (r_{t-1}, m_t, n_t, r_t) with output modes m, input modes n and r_0 = r_c = 1.
             The first is the most significant; the last is applied first.
+        in_features: True input size where the modes pad it.
+        out_features: True output size where the modes pad it.
 
     Raises:
-        ShapeError: A core has not four axes, the ranks do not chain, or an outer rank is not 1.
+        ShapeError: A core has not four axes, the ranks do not chain, or an outer rank is not 1; or a true size exceeds
+            the padded one.
         BackendError: No torch or JAX arrays, or a mixture.
 
-    **Shapes.** ``A @ X``: (prod n,) or (prod n, k); ``X @ A``: (..., prod m).
+    **Shapes.** ``A @ X``: (in,) or (in, k); ``X @ A``: (..., out), where in = prod n and out = prod m unless padded.
 
     **Cost.** Parameters: sum of r_{t-1} m_t n_t r_t.  MACs per vector: sum of r_{t-1} r_t (n_1...n_t)(m_t...m_c); each
     parameter is used many times per vector.
@@ -59,13 +63,14 @@ class TT(TrainOperator):
 
     def untransposed(self) -> TT:
         """The transpose of a tensor-train has the textbook axes, too."""
-        return TT(self.cores) if self.is_transposed else self
+        rows, cols = self.shape
+        return TT(self.cores, in_features=cols, out_features=rows) if self.is_transposed else self
 
 
 @register
 @dataclass(frozen=True)
 class TTStructure(TrainStructure):
-    """``tt(rank, num_cores, modes)``; see `TrainStructure`."""
+    """``tt(rank, num_cores, modes, params, pad)``; see `TrainStructure`."""
 
     name = "tt"
     build = staticmethod(TT.from_factors)
@@ -83,13 +88,15 @@ def is_train(A: TT | Kron) -> bool:
 
 @product_rule.dispatch
 def train_times_train(A: TT, B: TT | Kron) -> LinearOperator | None:
-    """Where the modes between them agree, cores multiply and so do ranks."""
+    """Where the modes between them agree and pad nothing, cores multiply and so do ranks."""
     if not is_train(B):
         return None
     left, right = cores_of(A), cores_of(B)
-    if [core.shape[2] for core in left] != [core.shape[1] for core in right]:
+    between = [core.shape[2] for core in left]
+    if between != [core.shape[1] for core in right] or math.prod(between) != A.shape[1]:
         return None
-    return TT([_core_product(G, H) for G, H in zip(left, right, strict=True)])
+    cores = [_core_product(G, H) for G, H in zip(left, right, strict=True)]
+    return TT(cores, in_features=B.shape[1], out_features=A.shape[0])
 
 
 @product_rule.dispatch
@@ -121,5 +128,5 @@ def kron_plus_kron(A: Kron, B: Kron) -> LinearOperator | None:
 
 @kron_rule.dispatch
 def kron_trains(A: TT, B: TT) -> LinearOperator | None:
-    """Cores one after the other."""
-    return TT([*A.cores, *B.cores])
+    """Cores one after the other; rows and columns that pad a tensor-train would lie in between."""
+    return None if A.is_padded or B.is_padded else TT([*A.cores, *B.cores])
