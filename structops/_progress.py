@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,11 +19,11 @@ def track(items: Iterable[T], what: str, total: int | None = None, shown: bool |
         items: What to go through.
         what: What is done with them, in front of the bar.
         total: How many they are, if ``items`` has no length.
-        shown: Whether to show the bar; by default in a terminal or a notebook.
+        shown: Whether to show the bar; by default in a terminal, and in a notebook with ipywidgets.
     """
     console = Console(stderr=True)
     if shown is None:
-        shown = console.is_terminal or console.is_jupyter
+        shown = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         yield from progress.track(items, total=total, description=what)
