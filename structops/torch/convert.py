@@ -220,6 +220,7 @@ def _project(new: StructuredLinear, layer: nn.Module, inputs: Any, refine: int |
 
 
 _PLAIN = {*vars(nn.Module()), "in_features", "out_features", "nx", "nf", *vars(StructuredLinear(1, 1, "dense"))}
+_PLAIN |= {"_compiled_call_impl"}  # what Module.compile made computes the layer that is replaced; copies drop it too
 _HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 
 
@@ -250,6 +251,8 @@ def swapped(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
         for key, child in parent._modules.items():
             if id(child) in replaced:
                 parent._modules[key] = replaced[id(child)]
+                if type(parent).__name__ == "OptimizedModule":  # its forward is bound to the module it was made of
+                    parent._initialize()  # type: ignore[operator]
     return replaced.get(id(model), model)
 
 
