@@ -5,11 +5,11 @@ try:
 except ImportError as error:
     raise ImportError("structops.torch needs PyTorch: pip install 'structops[torch]'") from error
 
+from structops.torch.calibration import Calibration as Calibration
+from structops.torch.calibration import calibrate as calibrate
 from structops.torch.checkpoint import export_dense as export_dense
 from structops.torch.checkpoint import load as load
 from structops.torch.checkpoint import save_pretrained as save_pretrained
-from structops.torch.calibration import Calibration as Calibration
-from structops.torch.calibration import calibrate as calibrate
 from structops.torch.chunks import Tuning as Tuning
 from structops.torch.chunks import tuning as tuning
 from structops.torch.convert import densify as densify
