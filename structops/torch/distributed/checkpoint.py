@@ -72,7 +72,8 @@ def save(
         The folder of the checkpoint.
 
     Raises:
-        StructureError: ``step`` is no whole number from 0 on, ``keep`` is less than 1, or JSON does not keep ``extra``.
+        StructureError: ``step`` is no whole number from 0 on, ``keep`` is less than 1, JSON does not keep ``extra``, or
+            the folder has a checkpoint of a later step.
 
     Example:
         >>> import tempfile
@@ -89,6 +90,8 @@ def save(
     folder = Path(folder)
     path = folder / f"step-{step:010d}"
     unfinished = path.with_suffix(".tmp")
+    if (newest := _newest(folder)) and newest.name > path.name:
+        raise StructureError(f"{newest} is of a later step than {step}; resume from it, or use another folder")
     if _rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for rest in folder.glob("step-*.tmp"):  # of a run that was killed
@@ -102,10 +105,10 @@ def save(
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():  # the run went back and came here again
-            shutil.rmtree(path)
+        if path.exists():  # the last step was saved before
+            path.rename(path.with_suffix(".old.tmp"))
         os.replace(unfinished, path)
-        for old in _found(folder)[:-keep]:
+        for old in [*_found(folder)[:-keep], *folder.glob("step-*.tmp")]:
             shutil.rmtree(old)
     _wait()
     return path
@@ -132,12 +135,9 @@ def resume(
             such as weight decay, are in one group of the optimiser.
         torch.distributed.checkpoint.api.CheckpointException: It is of another model or optimiser.
     """
-    newest: list[Any] = [_found(Path(folder))[-1:]]
-    if dist.is_initialized():  # what rank 0 sees counts
-        dist.broadcast_object_list(newest, src=0)
-    if not newest[0]:
+    path = _newest(Path(folder))
+    if path is None:
         return None
-    (path,) = newest[0]
     about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     if about["format"] != 1:
         raise StructureError(f"{path} has format {about['format']}; this version of structops reads format 1")
@@ -166,7 +166,7 @@ def _fit_groups(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], mo
     now: dict[str, Any] = get_state_dict(model, optimizer)[1]
     for group in now.get("param_groups", ()):
         first, *others = names = group["params"]
-        for setting in group.keys() - {"params", "param_names"}:
+        for setting in [key for key in group if key not in ("params", "param_names")]:
             keys = {name: f"param_groups.{name}.{setting}" for name in names}
             if odd := [name for name in others if moments[keys[name]] != moments[keys[first]]]:
                 raise StructureError(
@@ -181,6 +181,14 @@ def _fit_groups(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], mo
 def _found(folder: Path) -> list[Path]:
     """The complete checkpoints, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _newest(folder: Path) -> Path | None:
+    """The last complete checkpoint, as rank 0 sees it."""
+    newest: list[Any] = [next(reversed(_found(folder)), None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest, src=0)
+    return newest[0]
 
 
 def _json(about: dict[str, Any]) -> str:
