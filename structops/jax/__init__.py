@@ -6,8 +6,14 @@ try:
 except ImportError as error:
     raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
 
+from structops.jax.convert import Structured as Structured
+from structops.jax.convert import densify as densify
+from structops.jax.convert import structurize as structurize
 from structops.jax.init import init as init
 from structops.jax.layer import StructuredLinear as StructuredLinear
+from structops.jax.layer import StructuredLinearGeneral as StructuredLinearGeneral
+from structops.jax.linears import survey as survey
+from structops.jax.linen import linen_interceptor as linen_interceptor
 from structops.jax.optimizer import lr_scales as lr_scales
 from structops.jax.optimizer import muon_dims as muon_dims
 from structops.jax.optimizer import partition as partition

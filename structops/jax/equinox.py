@@ -132,7 +132,7 @@ class StructuredLinear(eqx.Module):
 
 def dense_linear(weight: jax.Array, bias: jax.Array | None) -> eqx.nn.Linear:
     """An ``eqx.nn.Linear`` of given arrays; nothing is drawn."""
-    out_features, in_features = weight.shape
+    out_features, in_features = weight.shape[-2:]  # axes in front stack layers
     shell = eqx.filter_eval_shape(
         eqx.nn.Linear, in_features, out_features, use_bias=bias is not None, key=jax.random.key(0)
     )

@@ -47,7 +47,7 @@ def init(model: Any, plan: MupPlan, key: jax.Array) -> Any:
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.inexact):
             return array
         row = find(path)
-        return array if row.init == "constant" else _draw(row, array, jax.random.fold_in(key, _digits(row.name)))
+        return array if row.init == "constant" else _draw(row, array, jax.random.fold_in(key, digits(row.name)))
 
     if isinstance(model, nnx.Module):
         nnx.update(model, jax.tree_util.tree_map_with_path(drawn, nnx.state(model, nnx.Param)))
@@ -55,7 +55,7 @@ def init(model: Any, plan: MupPlan, key: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(drawn, model)
 
 
-def _digits(name: str) -> int:
+def digits(name: str) -> int:
     """A number that depends on the name alone, in every process alike."""
     return zlib.crc32(name.encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from structops.errors import ShapeError, StructureError
 from structops.jax.linear import WeightNorm, affine, description, draw, effective, unit_gains
 from structops.normalise import check_weight_norm, rms_caps
 from structops.operator import StructuredOperator
@@ -81,8 +83,8 @@ class StructuredLinear(nnx.Module):
         self.plan: Plan = self.structure.plan(in_features, out_features)
         self.caps = rms_caps(self.plan, zero_init)
         self.factors = nnx.List([nnx.Param(factor) for factor in self._drawn(rngs)])
-        self.gains = nnx.Param(unit_gains(self.plan, param_dtype)) if weight_norm is True else None
-        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else None
+        self.gains = nnx.Param(unit_gains(self.plan, param_dtype)) if weight_norm is True else nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if bias else nnx.data(None)
 
     def _drawn(self, rngs: nnx.Rngs) -> list[jax.Array]:
         keys = [rngs.params() for _ in self.plan.stored_shapes]
@@ -97,8 +99,9 @@ class StructuredLinear(nnx.Module):
         if self.bias is not None:
             self.bias[...] = jnp.zeros_like(self.bias[...])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, out_sharding: None = None) -> jax.Array:
         """``A x + bias`` for x of shape (..., in_features)."""
+        _check_layout(out_sharding)
         bias = None if self.bias is None else self.bias[...]
         return affine(self.plan, self.effective_factors(), bias, x, self.dtype, self.recompute)
 
@@ -111,8 +114,8 @@ class StructuredLinear(nnx.Module):
         """The weight as an operator of shape (out_features, in_features), of the effective factors."""
         return self.plan.operator(self.effective_factors())
 
-    def merge(self) -> nnx.Linear:
-        """A dense layer with the same function: for few tokens, or widths at which dense is faster.
+    def merge(self) -> Any:
+        """An ``nnx.Linear`` with the same function: for few tokens, or widths at which dense is faster.
 
         `structops bench` measures from where on that is.
         """
@@ -146,6 +149,82 @@ class StructuredLinear(nnx.Module):
                 yield replace(part, comment=f" # {description(self.plan)}")
             elif name in shown and (name != "weight_norm" or self.weight_norm):
                 yield replace(part, value=shown[name])
+
+
+class StructuredLinearGeneral(StructuredLinear):
+    """A `StructuredLinear` from and to several axes, as the projections of ``nnx.MultiHeadAttention`` are.
+
+    It is what `structops.jax.structurize` makes of an ``nnx.LinearGeneral`` whose inputs are the last axes.
+
+    Args:
+        in_features: Sizes of the last axes of the input.
+        out_features: Sizes of the last axes of the output.
+        structure: A spec or its string form, for the products of these sizes.
+        bias: Whether to add a bias, of shape ``out_features``.
+        rngs: Source of the random numbers.
+        **options: As for `StructuredLinear`.
+
+    Raises:
+        StructureError: As for `StructuredLinear`.
+        ShapeError: In the call, the last axes of x are not ``in_features``.
+
+    Example:
+        >>> layer = StructuredLinearGeneral((16,), (4, 4), "btt", rngs=nnx.Rngs(0))
+        >>> layer(jnp.zeros((5, 16))).shape
+        (5, 4, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: tuple[int, ...],
+        out_features: tuple[int, ...],
+        structure: str | Structure,
+        bias: bool = True,
+        *,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        self.in_axes, self.out_axes = tuple(in_features), tuple(out_features)
+        super().__init__(math.prod(in_features), math.prod(out_features), structure, False, rngs=rngs, **options)
+        self.bias = nnx.Param(jnp.zeros(out_features, self.param_dtype)) if bias else nnx.data(None)
+
+    def __call__(self, x: jax.Array, out_sharding: None = None) -> jax.Array:
+        """``A x + bias`` for x of shape (..., *in_features)."""
+        _check_layout(out_sharding)
+        count = len(self.in_axes)
+        if tuple(x.shape[-count:]) != self.in_axes:
+            raise ShapeError(f"expected x of shape (..., {', '.join(map(str, self.in_axes))}), got {tuple(x.shape)}")
+        flat = x.reshape((*x.shape[:-count], self.in_features))
+        bias = None if self.bias is None else self.bias[...].reshape(-1)
+        y = affine(self.plan, self.effective_factors(), bias, flat, self.dtype, self.recompute)
+        return y.reshape((*y.shape[:-1], *self.out_axes))
+
+    def merge(self) -> Any:
+        """An ``nnx.LinearGeneral`` with the same function."""
+        weight = self.operator().to_dense()
+        dense = nnx.LinearGeneral(
+            self.in_axes,
+            self.out_axes,
+            axis=tuple(range(-len(self.in_axes), 0)),
+            use_bias=self.bias is not None,
+            dtype=self.dtype,
+            param_dtype=weight.dtype,
+            rngs=nnx.Rngs(0),  # its numbers are replaced
+        )
+        dense.kernel[...] = weight.T.reshape((*self.in_axes, *self.out_axes))
+        if self.bias is not None and dense.bias is not None:
+            dense.bias[...] = self.bias[...]
+        return dense
+
+
+def _check_layout(out_sharding: Any) -> None:
+    """Layers of Flax pass this argument on.
+
+    Raises:
+        StructureError: It is given.
+    """
+    if out_sharding is not None:
+        raise StructureError("out_sharding is for meshes of explicit axes; structured layers take automatic ones")
 
 
 class _Text:
