@@ -213,8 +213,8 @@ def test_a_function_makes_no_memory_and_draws_nothing(structured, saved):
         seen.extend(parameter.is_meta for parameter in model.parameters())
         assert not model.scale.is_meta
         assert model.head.weight is model.embed.weight
-        model.extra = structurize(nn.Linear(8, 8), "btt", init="mup", generator=torch.Generator().manual_seed(0))
-        del model.extra
+        model.square = StructuredLinear(16, 16, "kron", generator=torch.Generator().manual_seed(0))
+        model.again = model.square
         return model
 
     before = torch.get_rng_state()
@@ -334,6 +334,14 @@ def test_state_dicts_round_trip(structured):
     assigned.load_state_dict(copy.deepcopy(structured.state_dict()), assign=True)
     same(assigned, structured)
     assert torch.equal(assigned.eval()(TOKENS), structured.eval()(TOKENS))
+
+
+def test_loaded_tensors_have_memory_of_their_own(saved):
+    """A view of the mapped file is not aligned, and the whole file stays mapped as long as one of them lives."""
+    model = load(saved, Net)
+    for tensor in model.parameters():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert tensor.data_ptr() % 64 == 0
 
 
 def test_dense_models_are_saved_too(tmp_path):

@@ -70,6 +70,12 @@ def read_config(folder: Path) -> CheckpointConfig:
                 raise CheckpointError(
                     f"{folder} lacks the {CONFIG} of its weights: saving was interrupted, or it was not copied along"
                 )
+            if any(re.search(r"(^|\.)factors\.0$", key) for key in file.keys()):  # noqa: SIM118
+                raise CheckpointError(
+                    f"{folder} has structured weights but no {CONFIG}, which says what they are: the save_pretrained "
+                    f"of the model itself wrote it.  Structurize a model in the same way, load_state_dict the weights, "
+                    f"and save it by structops.torch.save_pretrained"
+                )
     if any(_DENSE.fullmatch(file.name) or file.name.startswith("pytorch_model") for file in folder.iterdir()):
         raise CheckpointError(
             f"{folder} holds a dense checkpoint: load it as ever, for example with from_pretrained of transformers, "

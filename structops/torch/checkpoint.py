@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ from structops.torch.stored import (
     volatile,
 )
 
+_ELSEWHERE = "transformers_weights"  # where the config of a model of transformers names its file of weights
+
 
 def save_pretrained(model: nn.Module, folder: Folder) -> None:
     """Write a model with structured layers to a folder, from which `load` makes it again.
@@ -43,7 +46,8 @@ def save_pretrained(model: nn.Module, folder: Folder) -> None:
     The folder gets ``model.safetensors`` (parameters and persistent buffers; what is tied is stored once) and
     ``structops.json`` (structure and options of every `StructuredLinear`, also of those that were built by hand); for a
     model of transformers ``config.json`` too, and ``generation_config.json`` if it generates.  Other files in the
-    folder stay.  Nothing is pickled.
+    folder stay.  Nothing is pickled.  ``from_pretrained`` of transformers refuses the folder, where it would draw the
+    missing dense weights at random; `export_dense` writes what it reads.
 
     All files are written under a temporary name first.  A crash leaves the checkpoint that was there before, or a
     folder that `load` refuses: never a mixture.
@@ -77,7 +81,7 @@ def save_pretrained(model: nn.Module, folder: Folder) -> None:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt", DIGEST: config.digest()})
         (new / CONFIG).write_text(config.to_json(), encoding="utf-8")
         if _is_transformers(model):
-            _save_configs(model, new)
+            _save_configs(model, new, config)
 
 
 def load(
@@ -139,7 +143,7 @@ def load(
         _check_tensors(config, inner, found, shapes)
         whole = _with_shells(whole, config, found)
         loaded: Any = unwrapped(whole)
-        _fill(loaded, config, lambda key: _cast(file.get_tensor(key).to(device), dtype))
+        _fill(loaded, config, lambda key: _read(file, key, device, dtype))
     for name, buffer in volatile(loaded):
         owner, _, key = name.rpartition(".")
         wanted = config.buffers.get(clean_name(loaded, name))
@@ -193,17 +197,19 @@ def _is_transformers(model: nn.Module) -> bool:
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
-def _save_configs(model: Any, folder: Path) -> None:
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
-    config.save_pretrained(folder)
+def _save_configs(model: Any, folder: Path, config: CheckpointConfig) -> None:
+    """``config.json`` and ``generation_config.json``."""
+    settings = copy.deepcopy(model.config)
+    settings.architectures = [type(model).__name__]
+    settings.dtype = model.dtype
+    settings.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+    if config.layers:  # from_pretrained would draw dense layers at random; it refuses weights of this name
+        path = folder / "config.json"
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data[_ELSEWHERE] = f"load this folder by structops.torch.load, which reads its {CONFIG}"
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- building and filling
@@ -263,6 +269,7 @@ def _from_config(folder: Path, config: CheckpointConfig) -> nn.Module:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} has no config.json, from which {name} would be built")
     settings = kind.config_class.from_pretrained(folder)
+    vars(settings).pop(_ELSEWHERE, None)
     return _without_memory(lambda: kind(settings))
 
 
@@ -352,6 +359,12 @@ def _with_shells(model: nn.Module, config: CheckpointConfig, modules: Mapping[st
 def _same(module: StructuredLinear, layer: LayerConfig) -> bool:
     here = described(module)
     return here == replace(layer, dtype=here.dtype)
+
+
+def _read(file: Any, key: str, device: Any, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of an open file, in memory of its own: the file may be replaced, and its tensors are not aligned."""
+    value = file.get_tensor(key)
+    return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype, copy=True)
 
 
 def _fill(model: nn.Module, config: CheckpointConfig, read: Callable[[str], Tensor]) -> None:
