@@ -5,6 +5,7 @@ The checks themselves are in ``tests/distributed``; processes talk by gloo on th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -12,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ sys.path.insert(0, str(SCRIPTS))
 TWO = (
     *("ddp", "fsdp", "fsdp_holds_its_share", "fsdp_from_meta", "fsdp_mixed_precision", "fsdp_muon"),
     *("tensor_parallel_layers", "tensor_parallel_layouts", "tensor_parallel", "tensor_parallel_init_and_muon"),
-    *("tensor_parallel_compiles", "muon_communicates_little", "checkpoint", "random_state"),
+    *("tensor_parallel_compiles", "muon_communicates_little", "checkpoint", "random_state", "whole_run"),
 )
 FOUR = ("two_axes",)
 
@@ -54,40 +54,40 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **store}
 
 
-def end(processes: list[subprocess.Popen[str]]) -> None:
-    """Kill what is left, with children."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def start(command: list[str], log: Path, seconds: float, **more: str) -> int:
+    """Run a script with a limit, and kill it with all its children at the end; the exit code."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env={**environment(), **more},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
 
-def run_checks(folder: Path, size: int, names: tuple[str, ...], seconds: float = 80) -> dict[str, str]:
+def run_checks(folder: Path, size: int, names: tuple[str, ...]) -> dict[str, str]:
     """The error of every check, or nothing: that of the first process that failed."""
-    logs = [folder / f"{size}-{rank}.log" for rank in range(size)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(SCRIPTS / "checks.py"), str(folder), str(rank), str(size), *names]
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        command, stdout=output, stderr=output, text=True, env=environment(), start_new_session=True
-                    )
-                )
-        deadline = time.monotonic() + seconds
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
-                deadline = min(deadline, time.monotonic() + 5)  # the others wait for the one that failed
-            time.sleep(0.05)
-    finally:
-        end(processes)
+    log = folder / f"{size}.log"
+    start([str(SCRIPTS / "checks.py"), str(folder), str(size), *names], log, 150)
     results = []
-    for rank, log in enumerate(logs):
+    for rank in range(size):
         file = folder / f"{size}-{rank}.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        results.append({name: found.get(name, f"not finished:\n{log.read_text()[-2000:]}") for name in names})
-    return {name: next((result[name] for result in results if result[name]), "") for name in names}
+        results.append(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+    unfinished = f"not finished:\n{log.read_text(encoding='utf-8')[-4000:]}"
+    return {
+        name: next(filter(None, (found.get(name) for found in results)), "")
+        or ("" if all(name in found for found in results) else unfinished)
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def once(folder: Path, size: int, names: tuple[str, ...]) -> dict[str, str]:
     results = folder / f"{size}.json"
-    with FileLock(folder / f"{size}.lock", timeout=120):
+    with FileLock(folder / f"{size}.lock", timeout=300):
         if not results.exists():
             results.write_text(json.dumps(run_checks(folder, size, names)), encoding="utf-8")
     return json.loads(results.read_text(encoding="utf-8"))
@@ -162,41 +162,30 @@ def test_one_process_goes_on_from_what_two_wrote(written: str, folder: Path, of_
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-def torchrun(folder: Path, result: Path, killed_in: str = "") -> tuple[dict[str, object], list[int]]:
-    """Start the script as a user does: what it ends with, and the steps from which it started."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "2", "--monitor-interval", "0.1", str(SCRIPTS / "train.py"), str(folder), str(result)]
-    log = folder.with_suffix(".log")
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            env={**environment(), "KILLED_IN": killed_in},
-            stdout=output,
-            stderr=output,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            end([process])
-    assert process.returncode == 0, log.read_text()[-4000:]
-    return torch.load(result), [int(line) for line in (folder / "origins").read_text().split()]
-
-
 @pytest.mark.slow
-def test_a_run_that_is_killed_in_a_step_and_in_a_save_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    expected, origins = torchrun(tmp_path / "whole", tmp_path / "whole.pt")
-    assert origins == [0]
-    result, origins = torchrun(tmp_path / "killed", tmp_path / "killed.pt", "step save")
-    assert origins == [0, 4, 4]
+def test_a_run_that_is_killed_in_a_step_and_in_a_save_ends_as_if_nothing_had_happened(
+    tmp_path: Path, folder: Path, of_two: dict[str, str]
+) -> None:
+    """Started by torchrun, as a user does it."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += [
+        "--monitor-interval",
+        "0.1",
+        str(SCRIPTS / "killed_run.py"),
+        str(tmp_path / "run"),
+        str(tmp_path / "end"),
+    ]
+    code = start(command, tmp_path / "log", 150, KILLED_IN="step save")
+    assert code == 0, (tmp_path / "log").read_text(encoding="utf-8")[-4000:]
+    assert (tmp_path / "run" / "origins").read_text().split() == ["0", "4", "4"]
+
+    assert not of_two["whole_run"]
+    result, expected = torch.load(tmp_path / "end"), torch.load(folder / "whole.pt")
     assert result["losses"] == expected["losses"]  # bit for bit
     assert list(result["model"]) == list(expected["model"])
     assert all(torch.equal(result["model"][name], expected["model"][name]) for name in expected["model"])
-    for run in ("whole", "killed"):
-        left = sorted(path.name for path in (tmp_path / run).glob("step-*"))
+    for run in (tmp_path / "run", folder / "whole"):
+        left = sorted(path.name for path in run.glob("step-*"))
         assert left == ["step-0000000006", "step-0000000008"], "the last two, nothing unfinished"
 
 

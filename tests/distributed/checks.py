@@ -1,4 +1,4 @@
-"""Checks that several processes run together: ``checks.py FOLDER RANK SIZE NAME...``, started by the tests.
+"""Checks that several processes run together: ``checks.py FOLDER SIZE NAME...``, started by the tests.
 
 Every process writes the results of its checks to ``FOLDER/SIZE-RANK.json`` and ends at the first that fails.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+import multiprocessing
+import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
 
+import killed_run
 import torch
 import torch.distributed as dist
 from models import Net, adam, batch, loss_of, net, seed, train
@@ -347,6 +351,11 @@ def check_random_state(folder):
     assert resume(folder / "nothing", net()) is None
 
 
+def check_whole_run(folder):
+    """What a run that is killed has to end with."""
+    killed_run.run(folder / "whole", folder / "whole.pt")
+
+
 # ------------------------------------------------------------------------------------------------------ four processes
 
 
@@ -375,14 +384,14 @@ def check_two_axes(folder):
     close(mean(train(model, muon(model), part=part)), mean(train(reference, muon(reference))), rtol=1e-3, atol=1e-3)
 
 
-def main(folder, rank, size, names):
+def run(folder, rank, size, names):
+    """The checks, in one of the processes."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
-    folder = Path(folder)
     results = {}
     store = dist.FileStore(str(folder / f"store-{size}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=40))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=100))
     for name in names:
         try:
             globals()[f"check_{name}"](folder)
@@ -391,13 +400,25 @@ def main(folder, rank, size, names):
             results[name] = traceback.format_exc()
         (folder / f"{size}-{rank}.json").write_text(json.dumps(results), encoding="utf-8")
         if results[name]:
-            sys.stderr.write(results[name])
-            sys.stderr.flush()
-            import os
-
             os._exit(1)  # the others wait in a collective
+    dist.barrier()
     dist.destroy_process_group()
 
 
+def main(folder, size, names):
+    """Fork after the imports, which take longer than the checks."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(folder, rank, size, names)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        time.sleep(0.05)
+        if any(process.exitcode for process in processes):
+            time.sleep(3)  # the others may be about to say why
+            break
+    for process in processes:
+        process.kill()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,4 +1,4 @@
-"""A training run that can be killed and started again: ``torchrun ... train.py FOLDER RESULT``.
+"""A training run that can be killed and started again: ``torchrun ... killed_run.py FOLDER RESULT``.
 
 KILLED_IN="step save" kills a process in a step when the script is started for the first time, and in a save the second.
 """
@@ -29,7 +29,14 @@ def die() -> None:
 
 def main(folder: Path, result: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=100))
+    run(folder, result)
+    dist.barrier()  # nobody leaves while another still works
+    dist.destroy_process_group()
+
+
+def run(folder: Path, result: Path) -> None:
+    """From the last checkpoint to the end."""
     rank, size = dist.get_rank(), dist.get_world_size()
     folder.mkdir(exist_ok=True)
     starts = len(list(folder.glob(f"started-{rank}-*")))
@@ -73,8 +80,6 @@ def main(folder: Path, result: Path) -> None:
     whole = {name: parameter.full_tensor() for name, parameter in model.state_dict().items()}
     if rank == 0:
         torch.save({"model": whole, "losses": losses}, result)
-    dist.barrier()  # nobody leaves while another still works
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
