@@ -28,4 +28,5 @@ from structops.torch.probe import Probe as Probe
 from structops.torch.probe import lint as lint
 from structops.torch.probe import probe as probe
 from structops.torch.schedule import guard as guard
+from structops.torch.sequential import compress as compress
 from structops.torch.weights import plan as plan

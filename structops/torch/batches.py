@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if parameter is None or parameter.is_meta else parameter.device
 
 
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a linear layer, as its hook gets it."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def checked(batches: Iterable[Any]) -> Iterable[Any]:
     """What was given as the batches, if it is several.
 
@@ -97,15 +103,25 @@ def checked(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and the evaluation mode; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def running(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and no compiled code, which would not call hooks; modes are restored."""
+    with ExitStack() as stack:
+        stack.callback(restore, [(module, module.training) for module in model.modules()])
+        model.eval()
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def hooked(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """A hook before the forward of a layer, after those of others."""
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        restore(modes)
+        handle.remove()
 
 
 def restore(modes: Iterable[tuple[nn.Module, bool]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import warnings
 import weakref
@@ -25,7 +24,18 @@ from structops.conversion.report import aligned
 from structops.conversion.selection import Select
 from structops.errors import EntryError, StructureError, StructureWarning
 from structops.projection import Moments
-from structops.torch.batches import Forward, call, checked, device_of, evaluating, mask_of, moved, token_weights
+from structops.torch.batches import (
+    Forward,
+    call,
+    checked,
+    device_of,
+    given,
+    hooked,
+    mask_of,
+    moved,
+    running,
+    token_weights,
+)
 from structops.torch.linears import linear_layers
 
 Weights = Callable[[str, Tensor, Any], Tensor | None]
@@ -252,12 +262,9 @@ def calibrate(
     run, place = forward or call, device_of(model)
     most = 4 * sum(layer.in_features**2 for layer in chosen)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        if "torch._dynamo" in sys.modules:  # compiled code would not call the hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(running(model))
         for layer in chosen:
-            hook = partial(record.before, layer.name)
-            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(hooked(layer.module, partial(record.before, layer.name)))
         length = len(batches) if isinstance(batches, Sized) else None
         total = max_batches if length is None else min(length, max_batches or length)
         title = f"calibrating, at most {_bytes(most)}"
@@ -356,7 +363,7 @@ class _Record:
 
     def before(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook that a layer calls with its input."""
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = given(args, kwargs)
         shared = self.shared.get(name) or self._join(name, x)
         k = shared.calls[name]
         if k < len(shared.seen) and not shared.seen[k].is_(x):
