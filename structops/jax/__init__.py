@@ -6,9 +6,12 @@ try:
 except ImportError as error:
     raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
 
+from structops.jax.calibration import calibrate as calibrate
 from structops.jax.convert import Structured as Structured
 from structops.jax.convert import densify as densify
 from structops.jax.convert import structurize as structurize
+from structops.jax.heal import Healing as Healing
+from structops.jax.heal import heal as heal
 from structops.jax.init import init as init
 from structops.jax.layer import StructuredLinear as StructuredLinear
 from structops.jax.layer import StructuredLinearGeneral as StructuredLinearGeneral

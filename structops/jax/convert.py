@@ -170,7 +170,7 @@ def structurize(
         options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
         nodes[name] = _filled(site, spec, new, init == "mup", options)
         plans[f"{name}.factors" if name else "factors"] = plan
-    changed = _swapped(model, nodes)
+    changed = swapped(model, nodes)
     if is_nnx or isinstance(model, eqx.Module):
         return changed
     gone = {f"{name}.kernel" if name else "kernel" for name in nodes}
@@ -209,7 +209,7 @@ def densify(model: Any, select: Names = None, inplace: bool = False, *, specs: S
         model = nnx.clone(model)
     found = {site.layer.name: site for site in sites(model, specs) if site.plan is not None}
     names = named("select", select, {name: site.node for name, site in found.items()})
-    return _swapped(model, {name: _dense(found[name]) for name in names})
+    return swapped(model, {name: _dense(found[name]) for name in names})
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
@@ -323,7 +323,7 @@ def _matrices(plan: Plan, factors: Sequence[jax.Array]) -> jax.Array:
     return build(list(factors))
 
 
-def _swapped(model: Any, nodes: Mapping[str, Any]) -> Any:
+def swapped(model: Any, nodes: Mapping[str, Any]) -> Any:
     """The model with layers replaced wherever they are held."""
     if "" in nodes:
         return nodes[""]
