@@ -51,7 +51,10 @@ class Product:
             raise ShapeError(f"expected x of shape (..., {self.in_features}), got {tuple(x.shape)}")
         ways = self.on_cpu if x.device.type == "cpu" else self.on_gpu
         if not ways:
-            return self.plan.product(factors, x)
+            y = self.plan.product(factors, x)
+            # Fourier transforms do not take part in autocast, and layers after this one expect what others return.
+            lowers = y.dtype == torch.float32 and ops.autocasts(x)
+            return y.to(torch.get_autocast_dtype(x.device.type)) if lowers else y
         if len(ways) == 1 or torch.compiler.is_exporting():  # an exported program is for any number of tokens
             return ways[-1][1](factors, x)
         tokens = x.numel() // self.in_features
