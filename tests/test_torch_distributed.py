@@ -40,7 +40,14 @@ sys.path.insert(0, str(SCRIPTS))
 TWO = (
     *("ddp", "fsdp", "fsdp_holds_its_share", "fsdp_from_meta", "fsdp_mixed_precision", "fsdp_muon"),
     *("tensor_parallel_layers", "tensor_parallel_layouts", "tensor_parallel", "tensor_parallel_init_and_muon"),
-    *("tensor_parallel_compiles", "muon_communicates_little", "checkpoint", "random_state", "whole_run"),
+    *(
+        "tensor_parallel_compiles",
+        "tensor_parallel_scatters",
+        "muon_communicates_little",
+        "checkpoint",
+        "random_state",
+        "whole_run",
+    ),
 )
 FOUR = ("two_axes",)
 
@@ -348,8 +355,8 @@ def test_what_a_tensor_parallel_layer_refuses(process_group: None) -> None:
         layer.merge()
     with pytest.raises(so.StructureError, match=r"got Linear.*ColwiseParallel"):
         parallelize_module(nn.Linear(4, 4), mesh, ColwiseStructured())
-    with pytest.raises(so.StructureError, match=r"an axis of tokens counted from the front, got .*-1"):
-        parallelize_module(StructuredLinear(16, 16, "btt"), mesh, RowwiseStructured(output_layouts=Shard(-1)))
+    with pytest.raises(so.StructureError, match=r"an axis of tokens counted from the front, got .*-2"):
+        parallelize_module(StructuredLinear(16, 16, "btt"), mesh, RowwiseStructured(output_layouts=Shard(-2)))
     frozen = parallelize_module(StructuredLinear(16, 16, "btt").requires_grad_(False), mesh, RowwiseStructured())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 

@@ -23,7 +23,7 @@ from models import Net, adam, batch, loss_of, net, seed, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -251,6 +251,7 @@ def one_layer(mesh, structure, n, m, style, options):
     same_gradients(layer, reference)
     assert all(p.grad.placements == p.placements for p in layer.parameters())
     close(layer.operator().to_dense(), reference.operator().to_dense())
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == ((m, n), torch.float64, x.device)
 
 
 def check_tensor_parallel_layouts(folder):
@@ -280,6 +281,29 @@ def check_tensor_parallel_layouts(folder):
     same_gradients(model, reference)
     given = distribute_tensor(x.detach(), mesh, [Shard(1)])
     close(model(given), y[:, tokens])
+
+
+def check_tensor_parallel_scatters(folder):
+    """Row-parallel in the place of column-parallel: whole x in, slices of y out."""
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    for structure in ("btt(rank=2)", "low_rank(rank=3)", "block_diag(blocks=4)"):
+        reference = StructuredLinear(16, 32, structure, dtype=torch.float64, generator=seed(0))
+        with torch.no_grad():
+            reference.bias.normal_(generator=seed(3))
+        style = RowwiseStructured(input_layouts=Replicate(), output_layouts=Shard(-1))
+        layer = parallelize_module(copy.deepcopy(reference), mesh, style)
+        x = torch.randn(5, 16, dtype=torch.float64, generator=seed(1)).requires_grad_()
+        mine = x.detach().clone().requires_grad_()
+        y, result = reference(x), layer(mine)
+        columns = slice(16 * rank, 16 * rank + 16)
+        close(result, y[:, columns])
+        (y**2).sum().backward()
+        (result**2).sum().backward()
+        close(mine.grad, x.grad)
+        same_gradients(layer, reference)
+        assert layer.bias.to_local().numel() == 16
+        if structure == "btt(rank=2)":
+            assert all(2 * factor.to_local().numel() == factor.numel() for factor in layer.factors)
 
 
 def check_tensor_parallel(folder):

@@ -53,8 +53,10 @@ class ParallelStructuredLinear(StructuredLinear):
         whole = DTensor.from_local(y, mesh, [Shard(y.ndim - 1) if shard.cuts_output else Partial()], run_check=False)
         whole = whole.redistribute(placements=[leaving])
         if not shard.cuts_output and self.bias is not None:
+            stored = _as_stored(self.bias)
             # Added to some of the tokens, it gets a summand of its gradient; added to all, the whole.
-            bias = _as_stored(self.bias).to_local(grad_placements=[leaving if leaving.is_replicate() else Partial()])
+            (placement,) = [Partial()] if _is_token_shard(leaving) else stored.placements
+            bias = stored.to_local(grad_placements=[placement])
             y = whole.to_local() + bias.to(whole.dtype)
             whole = DTensor.from_local(y, mesh, [leaving], run_check=False)
         return whole.to_local() if self.use_local_output else whole
@@ -119,15 +121,21 @@ class _Style(ParallelStyle):
             )
         shard = shard_layer(module, device_mesh.size(), self.side)
         leaving = self.layouts[1]
-        if not shard.cuts_output and not (leaving.is_replicate() or _is_token_shard(leaving)):
+        scatters = leaving == Shard(-1)
+        if not shard.cuts_output and not (leaving.is_replicate() or scatters or _is_token_shard(leaving)):
             raise StructureError(
-                f"{type(self).__name__}: output_layouts is Replicate() or Shard of an axis of tokens counted from the "
-                f"front, got {leaving}"
+                f"{type(self).__name__}: output_layouts is Replicate(), Shard(-1), or Shard of an axis of tokens "
+                f"counted from the front, got {leaving}"
+            )
+        if scatters and module.out_features % device_mesh.size():
+            raise StructureError(
+                f"{type(self).__name__}: {device_mesh.size()} processes do not divide out_features="
+                f"{module.out_features} for output_layouts=Shard(-1)"
             )
         for k, (parameter, dim) in enumerate(zip(list(module.factors), shard.dims, strict=True)):
             module.factors[k] = self._distribute(parameter, device_mesh, dim)
         if module.bias is not None:
-            module.bias = self._distribute(module.bias, device_mesh, 0 if shard.cuts_output else None)
+            module.bias = self._distribute(module.bias, device_mesh, 0 if shard.cuts_output or scatters else None)
         if module.gains is not None:
             module.gains = self._distribute(module.gains, device_mesh, None)
         plan = cast(ChainPlan, module.plan)
@@ -175,12 +183,17 @@ class RowwiseStructured(_Style):
     """Row-parallel `StructuredLinear`: every process takes its contiguous slice of the input features.
 
     The chain is cut along the most significant label of the input; see `shard_chain`.  Every process computes a
-    summand of the output, and one all-reduce adds them up, or a reduce-scatter if the output is sharded on tokens; the
-    bias is added once, after it.
+    summand of the output, and one all-reduce adds them up, or a reduce-scatter if the output is to be sharded; the bias
+    is added once, after it.
+
+    With ``input_layouts=Replicate(), output_layouts=Shard(-1)`` it stands where a column-parallel layer would, whole
+    x in and slices of y out: at the price of that reduce-scatter, all factors are cut of the structures of which
+    `ColwiseStructured` cuts the last one only.
 
     Args:
         input_layouts: Layout of a plain tensor x, ``Shard(-1)`` by default; a DTensor knows its own.
-        output_layouts: Layout of the result, ``Replicate()`` by default, or ``Shard(k)`` of an axis of tokens.
+        output_layouts: Layout of the result, ``Replicate()`` by default, ``Shard(k)`` of an axis of tokens counted from
+            the front, or ``Shard(-1)``.
         use_local_output: Whether the result is the local tensor instead of a DTensor.
 
     Raises:
