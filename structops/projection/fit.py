@@ -281,6 +281,18 @@ def _error(plan: Plan, factors: list[Array], W: Array, covariance: Array | None)
 def _square(M: Array, covariance: Array | None) -> Array:
     """``<M, M C>``, which rounding could make negative; in double precision."""
     xp = _array.namespace(M)
-    value = _array.real_part((xp.conj(M) * (M if covariance is None else M @ covariance)).sum())
+    value = _array.real_part((xp.conj(M) * M).sum()) if covariance is None else _weighted(M, covariance)
     value = _array.cast(value, _array.wide(value))
     return xp.where(value > 0, value, xp.zeros_like(value))
+
+
+def _weighted(M: Array, covariance: Array) -> Array:
+    """``<M, M C>``: C is Hermitian, and what two blocks of columns say of each other is computed once."""
+    xp, count, values = _array.namespace(M), int(M.shape[1]), []
+    for start in range(0, count, ROWS):
+        here = slice(start, min(start + ROWS, count))
+        seen = M[:, here] @ covariance[here, here]
+        if start:
+            seen = seen + 2 * (M[:, :start] @ covariance[:start, here])
+        values.append(_array.real_part((xp.conj(M[:, here]) * seen).sum()))
+    return xp.sum(xp.stack(values))
