@@ -349,3 +349,18 @@ def test_errors(net):
         structurize(net, "btt").layers[0](jnp.ones(16), out_sharding=object())
     with pytest.raises(so.ShapeError, match=r"\(\.\.\., 4, 4\), got \(3, 16\)"):
         structurize(net, "btt").attention.out(jnp.ones((3, 16)))
+
+
+def test_the_report_has_the_errors_of_projection():
+    params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (16, 32))}, "head": {"kernel": jnp.ones((32, 4))}}
+    found, report = structurize(params, "low_rank(rank=3)", report=True)
+    W = np.asarray(params["up"]["kernel"]).T
+    values = np.linalg.svd(W, compute_uv=False)
+    assert report["up"].error == pytest.approx(np.sqrt((values[3:] ** 2).sum() / (values**2).sum()), rel=1e-4)
+    assert report["up"].optimality == "exact"
+    assert report["head"].error is None
+    assert report.params - report.saved == sum(array.size for array in jax.tree.leaves(found.params))
+    mlp = eqx.nn.MLP(16, 4, 16, 1, key=jax.random.key(0))
+    small, report = structurize(mlp, EXACT, report=True)
+    assert [row.error < 1e-6 for row in report.converted] == [True] * len(report.converted)
+    assert isinstance(small, eqx.nn.MLP)

@@ -4,6 +4,7 @@ from structops.conversion.config import CheckpointConfig as CheckpointConfig
 from structops.conversion.config import LayerConfig as LayerConfig
 from structops.conversion.report import Conversion as Conversion
 from structops.conversion.report import Kept as Kept
+from structops.conversion.report import Projection as Projection
 from structops.conversion.report import Row as Row
 from structops.conversion.report import row_of as row_of
 from structops.conversion.selection import Choice as Choice

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from structops.conversion.selection import Choice, Layer
 from structops.merging import Machine, speed_up
 from structops.spec import ChainPlan
+
+
+class Projection(NamedTuple):
+    """How near a layer came to the dense weight that it was projected from.
+
+    Attributes:
+        error: Relative error in the Frobenius norm, or in that of the covariance of the inputs.
+        optimality: ``"exact"``, ``"quasi"`` or ``"local"``; see `structops.projection.fit`.
+    """
+
+    error: float
+    optimality: str
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,11 @@ class Conversion(Sequence[Row]):
     def to_json(self) -> str:
         """Rows and what is kept, as JSON."""
         return json.dumps(asdict(self))
+
+    def with_projections(self, found: Mapping[str, Projection | None]) -> Conversion:
+        """The same with what projections gave, by the names of their layers."""
+        known = {name: projection for name, projection in found.items() if projection is not None}
+        return self.with_rows([replace(r, **known[r.name]._asdict()) if r.name in known else r for r in self.rows])
 
     def with_rows(self, rows: Sequence[Row]) -> Conversion:
         """The same with other rows."""

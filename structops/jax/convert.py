@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from structops.conversion import Choice, choose, row_of
+from structops.conversion import Choice, Projection, choose, row_of
+from structops.conversion.options import Calibration, Init, Zero, check_calibration, check_init, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named
 from structops.errors import StructureError
 from structops.jax.equinox import StructuredLinear as EquinoxLinear
@@ -21,15 +22,12 @@ from structops.jax.init import digits
 from structops.jax.linear import draw, unit_gains
 from structops.jax.linears import Site, equinox_shell, is_site, machine_of, shell, sites, survey
 from structops.jax.weights import Specs, text_of
-from structops.mup.selection import READOUTS, RESIDUAL_ENDS
 from structops.normalise import rms_caps
 from structops.projection import Moments, bias_shift
 from structops.projection.fit import fit_factors
 from structops.spec import Plan
 
 IN_PLACE = "inplace: only modules of Flax NNX that hold layers change in place; take what is returned instead"
-Init = Literal["project", "mup"]
-Calibration = Mapping[str, Any]  # Moments, or second moments as arrays
 
 
 class Structured(NamedTuple):
@@ -51,6 +49,7 @@ class _New(NamedTuple):
     factors: list[Any]
     gains: Any
     shift: Any
+    projection: Projection | None = None
 
 
 def structurize(
@@ -61,13 +60,14 @@ def structurize(
     *,
     init: Init = "project",
     calibration: Calibration | None = None,
-    zero: bool | str | Sequence[str] = False,
+    zero: Zero = False,
     weight_norm: bool = False,
     recompute: bool = False,
     refine: int | None = None,
     key: jax.Array | None = None,
     specs: Specs | None = None,
     dry_run: bool = False,
+    report: bool = False,
     tokens: int = 2048,
 ) -> Any:
     r"""A model whose linear layers have a structure.
@@ -105,10 +105,12 @@ def structurize(
         specs: Of a plain tree: ``{"layers.up.kernel": (in_features, out_features)}`` for kernels of more than two axes
             that are stacked layers; also what an earlier call returned.
         dry_run: Whether to return the table of what would be done instead of doing it.
+        report: Whether to return the table of what was done, too, with the errors of projection.
         tokens: Vectors at once for which the table predicts times.
 
     Returns:
-        The model; of a plain tree a `Structured`; with ``dry_run`` a `structops.conversion.Conversion`.
+        The model; of a plain tree a `Structured`; with ``dry_run`` a `structops.conversion.Conversion`; with ``report``
+        the pair of both.
 
     Raises:
         StructureError: A structure is unknown or cannot have the sizes of its layer, a pattern fits nothing, a selected
@@ -130,12 +132,7 @@ def structurize(
         [2128, 720]
     """
     is_nnx = isinstance(model, nnx.Module)
-    if init not in ("project", "mup"):
-        raise StructureError(f"init: expected 'project' or 'mup', got {init!r}")
-    if init == "project" and zero:
-        raise StructureError("zero: projected weights keep their values; give zero with init='mup'")
-    if init == "mup" and calibration is not None:
-        raise StructureError("calibration: weights that are drawn anew need none; give it with init='project'")
+    check_init(init, zero, calibration)
     if init == "mup" and key is None and not dry_run:
         raise StructureError("key: weights are drawn anew; give key=jax.random.key(0) or the like")
     if inplace and (not is_nnx or isinstance(model, nnx.Linear | nnx.LinearGeneral)):
@@ -150,9 +147,9 @@ def structurize(
         rows = [row_of(choice, tokens, machine_of()) for choice in choices]
         return survey(model, tokens, specs=specs).with_rows(rows)
     chosen = [(choice, site) for choice, site in zip(choices, found, strict=True) if choice.structure is not None]
-    _check_calibration(calibration, [choice for choice, _ in chosen])
-    zeros = _zeros([choice for choice, _ in chosen], zero)
-    nodes, plans = {}, {}
+    check_calibration(calibration, [choice for choice, _ in chosen])
+    zeros = zero_layers([choice for choice, _ in chosen], zero)
+    nodes, plans, projections = {}, {}, {}
     for choice, site in chosen:
         name, spec = choice.layer.name, choice.structure
         assert spec is not None
@@ -161,20 +158,25 @@ def structurize(
             raise StructureError("weight_norm and recompute are choices of layers; a plain tree has none")
         caps = rms_caps(plan, name in zeros) if weight_norm else None
         if site.is_abstract:
-            new = _shapes(site, plan, caps)
+            new = shapes(site, plan, caps)
         elif init == "mup":
             assert key is not None
             new = _drawn(site, plan, caps, jax.random.fold_in(key, digits(name)), name in zeros)
         else:
             new = _projected(site, choice, None if calibration is None else calibration[name], refine, caps)
         options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
-        nodes[name] = _filled(site, spec, new, init == "mup", options)
+        nodes[name] = filled(site, spec, new, init == "mup", options)
         plans[f"{name}.factors" if name else "factors"] = plan
+        projections[name] = new.projection
     changed = swapped(model, nodes)
-    if is_nnx or isinstance(model, eqx.Module):
+    if not (is_nnx or isinstance(model, eqx.Module)):
+        gone = {f"{name}.kernel" if name else "kernel" for name in nodes}
+        specs = {**{name: spec for name, spec in (specs or {}).items() if name not in gone}, **plans}
+        changed = Structured(changed, specs)
+    if not report:
         return changed
-    gone = {f"{name}.kernel" if name else "kernel" for name in nodes}
-    return Structured(changed, {**{name: spec for name, spec in (specs or {}).items() if name not in gone}, **plans})
+    table = survey(changed.params, tokens, specs=specs) if isinstance(changed, Structured) else survey(changed, tokens)
+    return changed, table.with_projections(projections)
 
 
 def densify(model: Any, select: Names = None, inplace: bool = False, *, specs: Specs | None = None) -> Any:
@@ -215,7 +217,8 @@ def densify(model: Any, select: Names = None, inplace: bool = False, *, specs: S
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def _shapes(site: Site, plan: Plan, caps: Any) -> _New:
+def shapes(site: Site, plan: Plan, caps: Any) -> _New:
+    """The shapes of the factors, and of the gains where there are caps."""
     dtype = site.kernel.dtype
     factors = [jax.ShapeDtypeStruct((*site.stack, *shape), dtype) for shape in plan.stored_shapes]
     gains = jax.eval_shape(lambda: jnp.ones((*site.stack, len(factors)), unit_gains(plan, dtype).dtype))
@@ -237,20 +240,22 @@ def _projected(site: Site, choice: Choice, inputs: Any, refine: int | None, caps
         raise StructureError(f"calibration: {choice.layer.name} is a stack of layers; calibrate them one by one")
     centred = isinstance(inputs, Moments) and site.bias is not None
     covariance = inputs.centred if centred else inputs
-    layers, shift, spec = [], None, choice.structure
+    layers, shift, spec, largest = [], None, choice.structure, 0.0
     assert spec is not None
     for one in W.reshape((-1, *W.shape[-2:])):
-        plan, found, _ = fit_factors(one, spec, covariance=covariance, refine=refine)
+        plan, found, error = fit_factors(one, spec, covariance=covariance, refine=refine)
         layers.append(list(found.factors))
+        largest = max(largest, float(error))
         if centred:
             shift = bias_shift(one, plan.operator(layers[-1]), inputs.mean)
     factors = _stacked(layers, stack)
+    projection = Projection(largest, found.optimality)
     if caps is None:
-        return _New(factors, None, shift)
+        return _New(factors, None, shift, projection)
     # What the cap takes from a factor, its gain gives back.
     sizes = [jnp.sqrt(jnp.mean(jnp.abs(factor) ** 2, axis=(-3, -2, -1))) for factor in factors]
     gains = [jnp.maximum(size / cap, 1) for size, cap in zip(sizes, caps, strict=True)]
-    return _New(factors, jnp.stack(gains, -1), shift)
+    return _New(factors, jnp.stack(gains, -1), shift, projection)
 
 
 def _stacked(layers: Sequence[Sequence[jax.Array]], stack: tuple[int, ...]) -> list[jax.Array]:
@@ -261,7 +266,7 @@ def _stacked(layers: Sequence[Sequence[jax.Array]], stack: tuple[int, ...]) -> l
 # ---------------------------------------------------------------------------------------------------------------- nodes
 
 
-def _filled(site: Site, spec: Any, new: _New, fresh_bias: bool, options: Mapping[str, Any]) -> Any:
+def filled(site: Site, spec: Any, new: _New, fresh_bias: bool, options: Mapping[str, Any]) -> Any:
     """The structured layer in place of a dense one."""
     bias = site.bias
     if bias is not None and not site.is_abstract:
@@ -349,32 +354,3 @@ def swapped(model: Any, nodes: Mapping[str, Any]) -> Any:
 
 def _name(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_calibration(calibration: Calibration | None, chosen: Sequence[Choice]) -> None:
-    names = [] if calibration is None else [c.layer.name for c in chosen if c.layer.name not in calibration]
-    if names:
-        raise StructureError(
-            f"calibration: no moments for {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; calibrate the "
-            f"same model with the same selection, on data that reach every layer"
-        )
-
-
-def _zeros(chosen: Sequence[Choice], zero: bool | str | Sequence[str]) -> set[str]:
-    """The names of the layers whose last factor starts at zero."""
-    names = {choice.layer.name: choice.layer.module for choice in chosen}
-    if zero is False:
-        return set()
-    if zero is not True:
-        return set(named("zero", zero, names))
-    ends = tuple(f".{end}" for end in (*RESIDUAL_ENDS, *READOUTS))
-    found = {name for name in names if f".{name}".endswith(ends)}
-    if not found:
-        raise StructureError(
-            f"zero: none of the layers has the name of the end of a residual branch ({', '.join(RESIDUAL_ENDS)}) or of "
-            f"a readout; name them by globs"
-        )
-    return found

@@ -5,24 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structops import projection
 from structops._progress import track
-from structops.conversion import Choice, choose, row_of
+from structops.conversion import Choice, Projection, choose, row_of
+from structops.conversion.options import Calibration, Init, Zero, check_calibration, check_init, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named
 from structops.errors import StructureError
-from structops.mup.selection import READOUTS, RESIDUAL_ENDS
 from structops.projection.fit import fit_factors
-from structops.torch.layer import Projection, StructuredLinear
+from structops.torch.layer import StructuredLinear
 from structops.torch.linears import CONV1D, dense_weight, linear_layers, machine_of, survey
 from structops.torch.weights import layers
-
-Init = Literal["project", "mup"]
-Calibration = Mapping[str, Any]  # Moments, or second moments as tensors
 
 
 def structurize(
@@ -33,7 +30,7 @@ def structurize(
     *,
     init: Init = "project",
     calibration: Calibration | None = None,
-    zero: bool | str | Sequence[str] = False,
+    zero: Zero = False,
     weight_norm: bool = False,
     recompute: bool = False,
     refine: int | None = None,
@@ -95,12 +92,7 @@ def structurize(
         >>> sum(p.numel() for p in model.parameters()), sum(p.numel() for p in small.parameters())
         (2128, 720)
     """
-    if init not in ("project", "mup"):
-        raise StructureError(f"init: expected 'project' or 'mup', got {init!r}")
-    if init == "project" and zero:
-        raise StructureError("zero: projected weights keep their values; give zero with init='mup'")
-    if init == "mup" and calibration is not None:
-        raise StructureError("calibration: weights that are drawn anew need none; give it with init='project'")
+    check_init(init, zero, calibration)
     if inplace and not dry_run and type(model) in (nn.Linear, *CONV1D()):
         raise StructureError("a single layer cannot be replaced in place; take what structurize returns")
     choices = choose(linear_layers(model), structure, select)
@@ -108,8 +100,8 @@ def structurize(
         rows = [row_of(choice, tokens, machine_of(model)) for choice in choices]
         return survey(model, tokens).with_rows(rows)
     chosen = [choice for choice in choices if choice.structure is not None]
-    _check_calibration(calibration, chosen)
-    zeros = _zeros(chosen, zero)
+    check_calibration(calibration, chosen)
+    zeros = zero_layers(chosen, zero)
     if not inplace:
         model, chosen = _copied(model, chosen)
     replaced: dict[int, nn.Module] = {}
@@ -254,29 +246,3 @@ def swapped(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
                 if type(parent).__name__ == "OptimizedModule":  # its forward is bound to the module it was made of
                     parent._initialize()  # type: ignore[operator]
     return replaced.get(id(model), model)
-
-
-def _check_calibration(calibration: Calibration | None, chosen: Sequence[Choice]) -> None:
-    names = [] if calibration is None else [c.layer.name for c in chosen if c.layer.name not in calibration]
-    if names:
-        raise StructureError(
-            f"calibration: no moments for {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; calibrate the "
-            f"same model with the same selection, on data that reach every layer"
-        )
-
-
-def _zeros(chosen: Sequence[Choice], zero: bool | str | Sequence[str]) -> set[str]:
-    """The names of the layers whose last factor starts at zero."""
-    names = {choice.layer.name: choice.layer.module for choice in chosen}
-    if zero is False:
-        return set()
-    if zero is not True:
-        return set(named("zero", zero, names))
-    ends = tuple(f".{end}" for end in (*RESIDUAL_ENDS, *READOUTS))
-    found = {name for name in names if f".{name}".endswith(ends)}
-    if not found:
-        raise StructureError(
-            f"zero: none of the layers has the name of the end of a residual branch ({', '.join(RESIDUAL_ENDS)}) or of "
-            f"a readout; name them by globs"
-        )
-    return found

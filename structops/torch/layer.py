@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from structops._array import real_of
+from structops.conversion import Projection
 from structops.mup import init_stds
 from structops.normalise import check_weight_norm, rms_cap, rms_caps
 from structops.operator import StructuredOperator
 from structops.spec import Plan, Structure, structure
 from structops.torch.product import Product
 from structops.torch.standin import stand_in
-
-
-class Projection(NamedTuple):
-    """How near a layer came to the dense weight that it was projected from.
-
-    Attributes:
-        error: Relative error in the Frobenius norm, or in that of the covariance of the inputs.
-        optimality: ``"exact"``, ``"quasi"`` or ``"local"``; see `structops.projection.fit`.
-    """
-
-    error: float
-    optimality: str
 
 
 class StructuredLinear(nn.Module):

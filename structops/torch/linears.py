@@ -39,6 +39,8 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in layers(model):
         for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
             full = f"{name}.{key}" if name else key
             if nn.parameter.is_lazy(parameter):
                 raise StructureError(f"{full} has no size before the first forward; run one batch, then convert")
