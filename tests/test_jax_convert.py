@@ -361,6 +361,6 @@ def test_the_report_has_the_errors_of_projection():
     assert report["head"].error is None
     assert report.params - report.saved == sum(array.size for array in jax.tree.leaves(found.params))
     mlp = eqx.nn.MLP(16, 4, 16, 1, key=jax.random.key(0))
-    small, report = structurize(mlp, EXACT, report=True)
+    small, report = structurize(mlp, EXACT, "layers.0", report=True)
     assert [row.error < 1e-6 for row in report.converted] == [True] * len(report.converted)
     assert isinstance(small, eqx.nn.MLP)
