@@ -511,6 +511,7 @@ def test_json_that_was_changed(saved):
         ({"layers": {"up": up}}, so.CheckpointError, "does not belong"),
         ({"tied": {}}, so.CheckpointError, "does not belong"),
         ({"tied": {"a": 1}}, so.CheckpointError, "expected names in tied"),
+        ({"buffers": {"scale": "load"}}, so.CheckpointError, "scale has the unknown dtype 'load'"),
         ({"framework": "abacus"}, so.CheckpointError, "'torch' or 'jax'"),
         ({"framework": "jax"}, so.CheckpointError, "structops.jax"),
         ({"surprise": 1}, so.CheckpointError, "unknown 'surprise'"),
@@ -553,6 +554,12 @@ class Longer(Net):
         super().__init__()
         self.embed = nn.Embedding(12, 16)
         self.head.weight = self.embed.weight
+
+
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.LazyLinear(3)
 
 
 class NotLinear(Net):
@@ -601,6 +608,14 @@ def test_models_that_cannot_be_saved_or_built(structured, saved, tmp_path):
 
     with pytest.raises(so.CheckpointError, match="_extra_state is a dict"):
         save_pretrained(Extra(2, 2), tmp_path / "extra")
+    for model, message in (
+        (nn.Sequential(nn.LazyLinear(3)), "0.weight has no size before the first forward"),
+        (nn.ParameterDict({"a": nn.Parameter(torch.eye(3).to_sparse())}), "a is a torch.sparse_coo"),
+    ):
+        with pytest.raises(so.CheckpointError, match=message):
+            save_pretrained(model, tmp_path / "odd")
+    with pytest.raises(so.CheckpointError, match="no size before the first forward"):
+        load(saved, Lazy)
     with pytest.raises(so.CheckpointError, match="expected a module"):
         save_pretrained({"a": 1}, tmp_path / "dict")
     with pytest.raises(so.CheckpointError, match=r"test_checkpoints\.Net, which structops cannot build"):

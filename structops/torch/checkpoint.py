@@ -138,6 +138,7 @@ def load(
             device = next((p.device for p in inner.parameters() if not p.is_meta), torch.device("cpu"))
         if dtype is not None:
             config = config.cast(dtype_name(dtype))
+        dtypes = {name: _dtype(name, text) for name, text in config.buffers.items()}
         found = modules_of(inner)
         _check_layers(config, found)
         _check_tensors(config, inner, found, shapes)
@@ -146,8 +147,8 @@ def load(
         _fill(loaded, config, lambda key: _read(file, key, device, dtype))
     for name, buffer in volatile(loaded):
         owner, _, key = name.rpartition(".")
-        wanted = config.buffers.get(clean_name(loaded, name))
-        loaded.get_submodule(owner)._buffers[key] = buffer.to(device, getattr(torch, wanted) if wanted else None)
+        wanted = dtypes.get(clean_name(loaded, name), buffer.dtype)
+        loaded.get_submodule(owner)._buffers[key] = buffer.to(device, wanted)
     if not built:
         return whole
     if loaded.can_generate() and (folder / "generation_config.json").exists():
@@ -229,7 +230,7 @@ def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     made = WeakIdKeyDictionary()  # a parameter that is registered twice stays one
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or threading.get_ident() != here:
+        if parameter is None or nn.parameter.is_lazy(parameter) or parameter.is_meta or threading.get_ident() != here:
             return None
         if parameter not in made:
             made[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -359,6 +360,13 @@ def _with_shells(model: nn.Module, config: CheckpointConfig, modules: Mapping[st
 def _same(module: StructuredLinear, layer: LayerConfig) -> bool:
     here = described(module)
     return here == replace(layer, dtype=here.dtype)
+
+
+def _dtype(name: str, text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{CONFIG}: the buffer {name} has the unknown dtype {text!r}")
+    return dtype
 
 
 def _read(file: Any, key: str, device: Any, dtype: torch.dtype | None) -> Tensor:

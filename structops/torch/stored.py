@@ -41,12 +41,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with clean names, of parameters rather than their data.
 
     Raises:
-        CheckpointError: Something in it is no tensor.
+        CheckpointError: Something in it is no tensor, or has no size yet.
     """
     state = {clean_name(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key} is a {type(value).__name__}; safetensors hold tensors only")
+        if nn.parameter.is_lazy(value):
+            raise CheckpointError(f"{key} has no size before the first forward: call the model once")
     return state
 
 
@@ -61,8 +63,9 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[Any, str] = {}
     for key, value in state_of(model).items():
         value = value.detach()
-        if value.is_meta or type(value) is not Tensor:
-            what = "on the meta device" if value.is_meta else f"a {type(value).__name__}"
+        if value.is_meta or type(value) is not Tensor or value.layout is not torch.strided:
+            plain = type(value) is Tensor
+            what = "on the meta device" if value.is_meta else f"a {value.layout if plain else type(value).__name__}"
             raise CheckpointError(
                 f"{key} is {what}: fill the model first; sharded models are saved by structops.torch.distributed.save"
             )
