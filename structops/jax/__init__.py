@@ -7,6 +7,8 @@ except ImportError as error:
     raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
 
 from structops.jax.calibration import calibrate as calibrate
+from structops.jax.checkpoint import load as load
+from structops.jax.checkpoint import save_pretrained as save_pretrained
 from structops.jax.convert import Structured as Structured
 from structops.jax.convert import densify as densify
 from structops.jax.convert import structurize as structurize
