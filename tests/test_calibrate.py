@@ -526,6 +526,21 @@ def test_one_after_another_is_nearer(spec):
     assert not any(module._forward_pre_hooks for net in (made, model) for module in net.modules())
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_damping_is_a_ridge_towards_the_dense_weight(rows):
+    """Without a structure in the second layer: the regression, written as least squares over stacked rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 6, bias=False)).double()
+    x = correlated(rows, 10).double()
+    made = compress(model, {"0": "low_rank(rank=2)", "1": "dense"}, [x], damping=0.1)
+    with torch.no_grad():
+        inputs, W = made[0](x), model[1].weight
+        root = (0.1 * inputs.var(0, correction=0).mean() * rows).sqrt() * torch.eye(8).double()
+        left, right = torch.cat([inputs, root]), torch.cat([model(x), root @ W.T])
+        expected = torch.linalg.lstsq(left, right).solution.T
+    torch.testing.assert_close(made[1].operator().to_dense().detach(), expected)
+
+
 def test_members_are_found_exactly():
     model = densify(structurize(mlp().double(), "low_rank(rank=2)"))
     made = compress(model, "low_rank(rank=2)", [correlated(60, 6).double()], damping=1e-3)
@@ -550,7 +565,7 @@ def test_conv1d_and_a_single_layer():
     assert errors[0] < errors[1]
     layer, x = nn.Linear(8, 8), correlated(100, 8)
     alone, aware = (
-        compress(layer, "low_rank(rank=2)", [x]),
+        compress(layer, "low_rank(rank=2)", [x], damping=0),
         structurize(layer, "low_rank(rank=2)", calibration=calibrate(layer, [x])),
     )
     torch.testing.assert_close(alone(x), aware(x), rtol=1e-3, atol=1e-3)

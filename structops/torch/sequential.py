@@ -49,24 +49,23 @@ def compress(
     r"""`calibrate` and `structurize` one layer after another, so that each makes up for what those before it lost.
 
     **Definition.** With x the input of a layer in the dense model and \(x'\) the one that it gets from the structured
-    layers before it, the weight \(W'\) nearest to the dense outputs, in \(E\|W x - W' x'\|^2\), is found by least
-    squares, and then the member nearest to it in \(E\|(W' - A) x'\|^2\).  Means are left to the bias, where there is
-    one.  Layers that share an input are done together.
+    layers before it, A is the member nearest in \(E\|W x - A x'\|^2 + \lambda \|W - A\|_F^2\): least squares give the
+    best weight of any kind, and the projection the member next to it.  Means are left to the bias, where there is one.
+    Layers that share an input are done together.
 
     Args:
         model: Any module.
         structure: As for `structops.torch.structurize`.
         batches: As for `calibrate`; they are kept in memory, since they are gone through once for every layer.
         select: As for `structurize`.
-        damping: How much the dense weight counts in the least squares, relative to the mean variance of an input:
-            it decides where the data say little.
+        damping: \(\lambda\) in units of the mean variance of an input: it decides where the data say nothing.
         max_batches: How many to take.
         forward: As for `calibrate`.
         refine: Sweeps of the projection; see `structops.projection.fit`.
         progress: Whether to show a bar; by default in terminals and notebooks.
 
     Returns:
-        A structured copy.  The errors that `survey` shows are those against \(W'\).
+        A structured copy.  The errors that `survey` shows are those of the projection alone.
 
     Raises:
         StructureError: As for `calibrate` and `structurize`; a layer gets other vectors in the structured model, as
@@ -96,11 +95,9 @@ def compress(
     for group in track(groups, "compressing", shown=progress):
         modules = _modules(made)
         both = _both((model, dense[group[0]]), (made, modules[group[0]]), data, forward or call, group[0])
+        own, floor = _damped(both, damping)
         for name in group:
-            _aim(modules[name], both, damping)
-        arrays = both.arrays()
-        n = both.features // 2
-        own = Moments(arrays["count"], arrays["mean"][n:], arrays["spread"][n:, n:])
+            _aim(modules[name], both, own, floor)
         chosen = {name: specs[name] for name in group}
         options: dict[str, Any] = {"calibration": dict.fromkeys(group, own), "refine": refine, "progress": False}
         made = structurize(made, None, partial(_chosen, chosen), "" not in specs, **options)
@@ -150,16 +147,24 @@ def _inputs(model: nn.Module, layer: nn.Module, batch: Any, run: Forward) -> lis
     return found
 
 
+def _damped(both: Moments, damping: float) -> tuple[Moments, Tensor]:
+    """The moments of the second inputs with a floor under their variances, and the floor."""
+    n, count = both.features // 2, both.count
+    arrays = {key: array[..., n:].clone() for key, array in both.arrays().items() if key != "count"}
+    spread = arrays["spread"][n:]
+    floor = damping * spread.diagonal().real.mean()
+    spread.diagonal().add_(floor)
+    return Moments(count, arrays["mean"], spread), floor / count.to(floor.dtype)
+
+
 @torch.no_grad()
-def _aim(layer: Any, both: Moments, damping: float) -> None:
+def _aim(layer: Any, both: Moments, new: Moments, floor: Tensor) -> None:
     """Let a dense layer answer to the second inputs as it did to the first, as far as it can."""
     n, W = both.features // 2, dense_weight(layer)
     wide = torch.promote_types(both.mean.dtype, torch.float64)
-    moments = (both.covariance if layer.bias is None else both.centred).to(wide)
-    mean, cross, new = both.mean.to(wide), moments[:n, n:], moments[n:, n:].clone()
-    floor = damping * new.diagonal().real.mean()
-    new.diagonal().add_(floor)
-    aimed = torch.linalg.solve(new, W.to(wide) @ cross + floor * W.to(wide), left=False)
+    old, target = (both.covariance, new.covariance) if layer.bias is None else (both.centred, new.centred)
+    mean, weight = both.mean.to(wide), W.to(wide)
+    aimed = torch.linalg.solve(target.to(wide), weight @ old[:n, n:].to(wide) + floor * weight, left=False)
     if layer.bias is not None:
-        layer.bias += (W.to(wide) @ mean[:n] - aimed @ mean[n:]).to(layer.bias.dtype)
+        layer.bias += (weight @ mean[:n] - aimed @ mean[n:]).to(layer.bias.dtype)
     W.copy_(aimed)
