@@ -18,7 +18,7 @@ from structops.jax import StructuredLinear, scale_by_mup, shard
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_disable_most_optimizations", True)
-STEPS = 30
+STEPS = 10
 LAYOUTS = {
     "both": ((2, 4), {"fsdp": "data", "tensor": "model", "colwise": "up", "rowwise": "down"}),
     "parameters": ((8, 1), {"fsdp": "data"}),
@@ -43,9 +43,14 @@ def trained(layout, folder=None):
     mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     model = shard(Net(), mesh, **how)
     optimizer = nnx.Optimizer(model, optax.chain(optax.adam(1e-2), scale_by_mup(model)), wrt=nnx.Param)
-    manager = (
-        None if folder is None else ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    manager = None if folder is None else ocp.CheckpointManager(folder, options=options)
+
+    def abstract(array):
+        # Counts of the optimiser are on no mesh yet.
+        place = array.sharding if isinstance(array.sharding, NamedSharding) else NamedSharding(mesh, P())
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
     start, places = 0, []
     if manager is not None and manager.latest_step() is not None:
         start = manager.latest_step()
@@ -64,9 +69,8 @@ def trained(layout, folder=None):
         x = jax.random.normal(jax.random.key(k), (16, 16), jnp.float64)
         step(model, optimizer, jax.device_put(x, NamedSharding(mesh, P("data", None))))
         if manager is not None:
-            manager.save(
-                k + 1, args=ocp.args.StandardSave({"model": nnx.state(model), "optimizer": nnx.state(optimizer)})
-            )
+            state = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+            manager.save(k + 1, args=ocp.args.StandardSave(state))
             print(f"step {k + 1}", flush=True)
     if manager is not None:
         manager.wait_until_finished()
