@@ -65,7 +65,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     if any(folder.glob(f"{_UNFINISHED}*")):
         raise CheckpointError(f"saving to {folder} was interrupted: it has no {CONFIG}; save again")
     if (folder / WEIGHTS).exists():
-        with opened(folder / WEIGHTS) as file:
+        with opened(folder / WEIGHTS, "numpy") as file:  # names only, so that no library of arrays is needed
             if DIGEST in (file.metadata() or {}):
                 raise CheckpointError(
                     f"{folder} lacks the {CONFIG} of its weights: saving was interrupted, or it was not copied along"
@@ -85,8 +85,8 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A file of safetensors.
+def opened(path: Path, framework: str) -> Iterator[Any]:
+    """A file of safetensors; ``framework`` is its name for the library whose arrays are read.
 
     Raises:
         CheckpointError: It does not exist, was cut off, or is something else.
@@ -94,7 +94,7 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist, so the checkpoint has no weights")
     try:
-        opened = safe_open(path, framework="pt")
+        opened = safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no file of safetensors, or was cut off: {error}") from error
     with opened as file:

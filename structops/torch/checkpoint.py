@@ -123,7 +123,7 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
-    with opened(folder / WEIGHTS) as file:
+    with opened(folder / WEIGHTS, "pt") as file:
         config.check_weights(file.metadata(), str(folder / WEIGHTS))
         if config.framework != "torch":
             raise CheckpointError(f"{folder} was written by structops.{config.framework}; load it there")
