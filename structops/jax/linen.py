@@ -28,6 +28,7 @@ def linen_interceptor(specs: Specs) -> Callable[..., Any]:
         StructureError: In a call, a layer has factors and no plan.
 
     Example:
+        >>> import jax
         >>> from structops.jax import structurize
         >>> model, x = linen.Dense(16), jax.numpy.ones((3, 16))
         >>> params, specs = structurize(model.init(jax.random.key(0), x)["params"], "btt")

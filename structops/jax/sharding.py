@@ -89,8 +89,8 @@ def shardings(
         ...     down=StructuredLinear(256, 64, "btt", rngs=nnx.Rngs(0)),
         ... )
         >>> found = shardings(model, mesh, tensor="model", colwise="up", rowwise="down")
-        >>> [str(found["down"]["factors"][k].get_value().spec) for k in (0, 1)]
-        ["PartitionSpec('model', None, None)", "PartitionSpec(None, None, 'model')"]
+        >>> [tuple(found["down"]["factors"][k].get_value().spec) for k in (0, 1)]
+        [('model', None, None), (None, None, 'model')]
     """
     _check_mesh(mesh, fsdp, tensor, bool(colwise or rowwise))
     tree = nnx.state(model) if isinstance(model, nnx.Module) else model
@@ -132,8 +132,8 @@ def shard(model: M, mesh: Mesh, **how: Any) -> M:
         >>> from structops.jax import StructuredLinear
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
         >>> layer = shard(StructuredLinear(64, 64, "btt", rngs=nnx.Rngs(0)), mesh, fsdp="data")
-        >>> layer.factors[0][...].sharding.spec
-        PartitionSpec('data', None, None)
+        >>> tuple(layer.factors[0][...].sharding.spec)
+        ('data', None, None)
     """
     places = shardings(model, mesh, **how)
     if isinstance(model, nnx.Module):
