@@ -13,12 +13,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from structops.conversion import CheckpointConfig, LayerConfig
 from structops.conversion.config import CONFIG, DIGEST, WEIGHTS
-from structops.conversion.folder import Folder, published, read_config
+from structops.conversion.folder import Folder, opened, published, read_config
 from structops.errors import CheckpointError
 from structops.jax.convert import filled, shapes, swapped
 from structops.jax.linears import Site, sites
@@ -102,7 +101,7 @@ def load(folder: Folder, model: Any, *, dtype: Any = None) -> Any:
     found = {site.layer.name: site for site in sites(shell)}
     nodes = {name: _shell(name, layer, found) for name, layer in config.layers.items()}
     shell = swapped(shell, {name: node for name, node in nodes.items() if node is not None})
-    with _opened(folder / WEIGHTS) as file:
+    with opened(folder / WEIGHTS, "flax") as file:
         config.check_weights(file.metadata(), str(folder / WEIGHTS))
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         _check_arrays({name: tuple(array.shape) for name, array in _arrays(shell).items()}, stored)
@@ -236,20 +235,6 @@ def _check_arrays(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, 
     for name, shape in expected.items():
         if stored[name] != shape:
             raise CheckpointError(f"{name} is {shape} in the model and {stored[name]} in the checkpoint")
-
-
-def _opened(path: Path) -> Any:
-    """A file of safetensors, read as JAX arrays.
-
-    Raises:
-        CheckpointError: It does not exist, was cut off, or is something else.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist, so the checkpoint has no weights")
-    try:
-        return safe_open(path, framework="flax")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no file of safetensors, or was cut off: {error}") from error
 
 
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
