@@ -34,9 +34,10 @@ def test_padded_parameters_count_and_scales_take_the_true_width(spec, shape):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_layers(backend, spec, shape=SHAPES[0]):
+def test_layers(backend, spec):
     """Random draws and layers, against the cut matrix."""
-    (m, n), x = shape, np.random.default_rng(0).standard_normal((2, 3, shape[1]))
+    shape = m, n = SHAPES[0]
+    x = np.random.default_rng(0).standard_normal((2, 3, shape[1]))
     if backend == "torch":
         torch = pytest.importorskip("torch")
         from structops.torch import StructuredLinear
