@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from rich.table import Table
 
+from structops._files import replacing
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write data as JSON with a line for every entry of its lists and dictionaries, down to two levels."""
-    text = _lines(data, levels=2)
-    _replace(path, lambda file: file.write(text.encode()))
+    write_text(path, _lines(data, levels=2))
 
 
 def _lines(data: Any, levels: int) -> str:
@@ -32,26 +33,20 @@ def _lines(data: Any, levels: int) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8."""
-    _replace(path, lambda file: file.write(text.encode()))
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure as PNG."""
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    with _replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write to a temporary file beside ``path`` and rename it."""
+def _replacing(path: Path) -> AbstractContextManager[IO[bytes]]:
+    """The file, in a folder that is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return replacing(path)
 
 
 def machine() -> dict[str, Any]:

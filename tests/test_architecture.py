@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from a later line to an earlier one, or stay inside a package.
 LAYERS = (
     {"errors"},
-    {"pattern", "modes", "power_law", "_array", "_plum"},
+    {"pattern", "modes", "power_law", "_array", "_files", "_plum"},
     {"program"},
     {"chain"},
     {"contract", "_implicit", "merging", "shards"},

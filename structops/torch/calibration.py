@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -12,12 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from structops._files import replacing
 from structops._progress import track
 from structops.conversion import choose
 from structops.conversion.report import aligned
@@ -121,16 +120,8 @@ class Calibration(Mapping[str, Moments]):
         }
         order = {name: k for k, group in enumerate(groups) for name in group}
         layers = json.dumps({name: order[name] for name in self})
-        path = Path(file)
-        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(save(arrays, metadata={"format": "pt", "structops.calibration": layers}))
-            os.chmod(unfinished, 0o644)
-            os.replace(unfinished, path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        with replacing(file) as stream:
+            stream.write(save(arrays, metadata={"format": "pt", "structops.calibration": layers}))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], device: torch.device | str = "cpu") -> Calibration:
