@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,16 +13,24 @@ import optax
 from flax import nnx
 
 from structops._progress import track
-from structops.errors import EntryError, ShapeError, StructureError
+from structops.conversion import healing
+from structops.conversion.healing import (
+    Match,
+    Schedule,
+    check_loss,
+    check_options,
+    check_outputs,
+    check_teacher,
+    compared,
+)
+from structops.errors import StructureError
 from structops.jax.batches import Forward, again, call, checked, functional, mask_of
 from structops.jax.optimizer import partition
 from structops.jax.weights import plan
 
-Match = Literal["logits", "values"]
 
-
-@dataclass(frozen=True)
-class Healing:
+@dataclass(frozen=True, repr=False)
+class Healing(healing.Healing):
     """What `heal` gave.
 
     Attributes:
@@ -32,15 +39,7 @@ class Healing:
         model: The trained model: of Flax NNX the one that was given, of Equinox a new one.
     """
 
-    losses: list[float]
-    distances: list[float]
     model: Any
-
-    def __repr__(self) -> str:
-        """Steps, and the means of the first and the last tenth."""
-        tenth = -(-len(self.losses) // 10)
-        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
-        return f"Healing({len(self.losses)} steps, loss {first:.3g} -> {last:.3g})"
 
 
 def heal(
@@ -57,7 +56,7 @@ def heal(
     optimizer: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
     warmup: float = 0.05,
-    schedule: Literal["cosine", "linear"] = "cosine",
+    schedule: Schedule = "cosine",
     clip: float | None = 1.0,
     forward: Forward | None = None,
     progress: bool | None = None,
@@ -119,7 +118,8 @@ def heal(
         >>> len(done.losses), done.losses[-1] < done.losses[0]
         (100, True)
     """
-    _check(model, teacher, loss, steps, alpha, temperature, match, warmup, schedule)
+    check_options(teacher, loss, steps, alpha, temperature, match, warmup, schedule)
+    check_teacher(_parameters(model), _parameters(teacher))
     student = functional(model, True)
     if not jax.tree.leaves(student.trained):
         raise StructureError("heal: the model has no parameter to train")
@@ -154,11 +154,7 @@ def heal(
         losses.append(float(total))
         if taught is not None:
             distances.append(float(distance))
-        if not math.isfinite(losses[-1]):
-            raise EntryError(
-                f"heal: the loss of step {len(losses)} is {losses[-1]}; try a smaller lr (it is {lr:g}), a longer "
-                f"warmup, clip=1.0, float32 parameters, and data without values that are not finite"
-            )
+        check_loss(losses, lr)
     if isinstance(model, nnx.Module):
         nnx.update(model, trained, rest)
         return Healing(losses, distances, model)
@@ -188,10 +184,7 @@ def _distance(output: Any, wanted: Any, mask: Any, match: Match, temperature: fl
         ShapeError: They have different shapes, or logits of one class.
     """
     ours, theirs = (_array(value) for value in (output, wanted))
-    if ours.shape != theirs.shape:
-        raise ShapeError(f"heal: the model gives {tuple(ours.shape)}, the teacher {tuple(theirs.shape)}")
-    if match == "logits" and ours.shape[-1] == 1:
-        raise ShapeError("heal: the softmax of a single output is always 1; give match='values' for a regression")
+    check_outputs(ours.shape, theirs.shape, match)
     if match == "values":
         each = ((ours - theirs) ** 2).mean(-1)
     else:
@@ -203,57 +196,14 @@ def _distance(output: Any, wanted: Any, mask: Any, match: Match, temperature: fl
 
 
 def _array(output: Any) -> jax.Array:
-    """The output that is compared.
-
-    Raises:
-        StructureError: There is none.
-    """
-    names = ("logits", "last_hidden_state")
-    read = output.get if isinstance(output, Mapping) else lambda name: getattr(output, name, None)
-    for value in (output, *map(read, names)):
-        if isinstance(value, jax.Array):
-            return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    raise StructureError(
-        f"heal: expected an array or an output with logits or last_hidden_state, got {type(output).__name__}; "
-        f"give forward=lambda model, batch: ... that returns the array to compare"
-    )
+    """The output that is compared, in float32 at least."""
+    value = compared(output, jax.Array, "an array")
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
-def _check(
-    model: Any,
-    teacher: Any,
-    loss: Any,
-    steps: int,
-    alpha: float,
-    temperature: float,
-    match: str,
-    warmup: float,
-    schedule: str,
-) -> None:
-    """Arguments that make sense.
-
-    Raises:
-        StructureError: They do not.
-    """
-    if teacher is None and loss is None:
-        raise StructureError("heal: give a teacher, such as the model before structurize, or a loss, or both")
-    if isinstance(model, nnx.Module) and isinstance(teacher, nnx.Module):
-        ours, theirs = (
-            {id(v) for _, module in nnx.iter_modules(m) for v in vars(module).values() if isinstance(v, nnx.Param)}
-            for m in (model, teacher)
-        )
-        if ours & theirs:
-            raise StructureError(
-                "heal: model and teacher share parameters that would be trained; structurize(model, ...) without "
-                "inplace=True leaves the dense model as the teacher"
-            )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise StructureError(f"heal: steps must be a whole number of at least 1, got {steps!r}")
-    if not 0 <= alpha <= 1 or not 0 <= warmup <= 1:
-        raise StructureError(f"heal: alpha and warmup are shares from 0 to 1, got {alpha!r} and {warmup!r}")
-    if not temperature > 0:
-        raise StructureError(f"heal: temperature must be positive, got {temperature!r}")
-    if match not in ("logits", "values"):
-        raise StructureError(f"heal: match is 'logits' or 'values', got {match!r}")
-    if schedule not in ("cosine", "linear"):
-        raise StructureError(f"heal: schedule is 'cosine' or 'linear', got {schedule!r}")
+def _parameters(model: Any) -> set[int]:
+    """The identities of the parameters of a module of Flax NNX; nothing is trained in place in other models."""
+    if not isinstance(model, nnx.Module):
+        return set()
+    values = (value for _, module in nnx.iter_modules(model) for value in vars(module).values())
+    return {id(value) for value in values if isinstance(value, nnx.Param)}

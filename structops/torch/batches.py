@@ -10,48 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structops.errors import StructureError
+from structops.conversion.batches import Batches
 
 Forward = Callable[[nn.Module, Any], Any]
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The output of a model for a batch.
-
-    A mapping is given as keyword arguments, a pair of a tuple and a mapping as ``model(*args, **kwargs)``; of any other
-    tuple or list the first element is the input and the others are labels; a tensor is the input.
-
-    Raises:
-        StructureError: The batch is of another kind.
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if _is_call(batch):
-        return model(*batch[0], **batch[1])
-    if isinstance(batch, tuple | list) and batch:
-        return call(model, batch[0])
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise StructureError(
-        f"a batch is a tensor, a tuple (x, labels), a mapping of keyword arguments, or (args, kwargs), got "
-        f"{type(batch).__name__}; give forward=lambda model, batch: ... for anything else"
-    )
-
-
-def _is_call(batch: Any) -> bool:
-    """Whether a batch is a pair (args, kwargs)."""
-    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-    return is_pair and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping)
-
-
-def mask_of(batch: Any) -> Tensor | None:
-    """The ``attention_mask`` of a batch of tokens, shape (sequences, length), if it has one."""
-    if _is_call(batch):
-        batch = batch[1]
-    elif isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+BATCHES = Batches((Tensor,), "a tensor", "a list or a DataLoader")
+call, mask_of, checked, again = BATCHES.call, BATCHES.mask_of, BATCHES.checked, BATCHES.again
 
 
 def token_weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -86,20 +49,6 @@ def device_of(model: nn.Module) -> torch.device | None:
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The input of a linear layer, as its hook gets it."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def checked(batches: Iterable[Any]) -> Iterable[Any]:
-    """What was given as the batches, if it is several.
-
-    Raises:
-        StructureError: It is one batch, or nothing that can be gone through.
-    """
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise StructureError(
-            f"expected an iterable of batches, such as a list or a DataLoader, got a {type(batches).__name__}; "
-            f"give [batch] for a single one"
-        )
-    return batches
 
 
 @contextmanager

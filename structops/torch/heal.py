@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from structops._progress import track
-from structops.errors import EntryError, ShapeError, StructureError
-from structops.torch.batches import Forward, call, checked, device_of, mask_of, moved, restore
+from structops.conversion.healing import (
+    Healing,
+    Match,
+    Schedule,
+    check_loss,
+    check_options,
+    check_outputs,
+    check_teacher,
+    compared,
+)
+from structops.errors import StructureError
+from structops.torch.batches import Forward, again, call, checked, device_of, mask_of, moved, restore
 from structops.torch.groups import param_groups
-
-Match = Literal["logits", "values"]
-
-
-@dataclass(frozen=True)
-class Healing:
-    """What `heal` gave.
-
-    Attributes:
-        losses: The loss of every step, before it.
-        distances: The part of it that is the distance to the teacher; empty without a teacher.
-    """
-
-    losses: list[float]
-    distances: list[float]
-
-    def __repr__(self) -> str:
-        """Steps, and the means of the first and the last tenth."""
-        tenth = -(-len(self.losses) // 10)
-        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
-        return f"Healing({len(self.losses)} steps, loss {first:.3g} -> {last:.3g})"
 
 
 def heal(
@@ -53,7 +41,7 @@ def heal(
     optimizer: torch.optim.Optimizer | None = None,
     weight_decay: float = 0.0,
     warmup: float = 0.05,
-    schedule: Literal["cosine", "linear"] = "cosine",
+    schedule: Schedule = "cosine",
     clip: float | None = 1.0,
     autocast: torch.dtype | None = None,
     forward: Forward | None = None,
@@ -117,7 +105,12 @@ def heal(
         (100, True)
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _check(trained, teacher, loss, steps, alpha, temperature, match, warmup, schedule, autocast)
+    check_options(teacher, loss, steps, alpha, temperature, match, warmup, schedule)
+    if not trained:
+        raise StructureError("heal: no parameter of the model has requires_grad=True")
+    check_teacher(set(map(id, trained)), set() if teacher is None else set(map(id, teacher.parameters())))
+    if autocast is torch.float16:
+        raise StructureError("heal: float16 would need its loss scaled; give autocast=torch.bfloat16")
     if optimizer is None:
         optimizer = torch.optim.AdamW(param_groups(model, lr=lr, weight_decay=weight_decay))
     rises = max(1, round(warmup * steps))
@@ -137,7 +130,7 @@ def heal(
         if teacher is not None:
             stack.callback(restore, [(module, module.training) for module in teacher.modules()])
             teacher.eval()
-        for batch in track(_again(checked(data), steps), "healing", steps, progress):
+        for batch in track(again(checked(data), steps), "healing", steps, progress):
             batch = moved(batch, place)
             with torch.autocast(kind, autocast, enabled=autocast is not None):
                 output = run(model, batch)
@@ -150,11 +143,7 @@ def heal(
             done.losses.append(float(total.detach()))
             if teacher is not None:
                 done.distances.append(float(parts[-1].detach()))
-            if not math.isfinite(done.losses[-1]):
-                raise EntryError(
-                    f"heal: the loss of step {len(done.losses)} is {done.losses[-1]}; try a smaller lr (it is {lr:g}), "
-                    f"a longer warmup, clip=1.0, float32 parameters, and data without values that are not finite"
-                )
+            check_loss(done.losses, lr)
             optimizer.zero_grad()
             total.backward()
             if clip is not None:
@@ -171,11 +160,8 @@ def _distance(output: Any, wanted: Any, mask: Tensor | None, match: Match, tempe
     Raises:
         ShapeError: They have different shapes, or logits of one class.
     """
-    ours, theirs = (_tensor(value).float() for value in (output, wanted))
-    if ours.shape != theirs.shape:
-        raise ShapeError(f"heal: the model gives {tuple(ours.shape)}, the teacher {tuple(theirs.shape)}")
-    if match == "logits" and ours.shape[-1] == 1:
-        raise ShapeError("heal: the softmax of a single output is always 1; give match='values' for a regression")
+    ours, theirs = (compared(value, Tensor, "a tensor").float() for value in (output, wanted))
+    check_outputs(ours.shape, theirs.shape, match)
     if match == "values":
         each = (ours - theirs).square().mean(-1)
     else:
@@ -184,83 +170,3 @@ def _distance(output: Any, wanted: Any, mask: Tensor | None, match: Match, tempe
     if mask is None or mask.shape != each.shape:
         return each.mean()
     return each[mask.to(each.device) != 0].mean()
-
-
-def _tensor(output: Any) -> Tensor:
-    """The output that is compared.
-
-    Raises:
-        StructureError: There is none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    raise StructureError(
-        f"heal: expected a tensor or an output with logits or last_hidden_state, got {type(output).__name__}; "
-        f"give forward=lambda model, batch: ... that returns the tensor to compare"
-    )
-
-
-def _again(data: Iterable[Any], steps: int) -> Iterator[Any]:
-    """As many batches as there are steps.
-
-    Raises:
-        StructureError: There is none, or an iterator ends early.
-    """
-    given = 0
-    while given < steps:
-        before = given
-        for batch in data:
-            yield batch
-            given += 1
-            if given == steps:
-                return
-        if given == before:
-            raise StructureError(
-                f"heal: there is no batch after {given} of {steps} steps; give data that can be gone through again, "
-                f"such as a list or a DataLoader"
-            )
-
-
-def _check(
-    trained: list[nn.Parameter],
-    teacher: nn.Module | None,
-    loss: Any,
-    steps: int,
-    alpha: float,
-    temperature: float,
-    match: str,
-    warmup: float,
-    schedule: str,
-    autocast: torch.dtype | None,
-) -> None:
-    """Arguments that make sense.
-
-    Raises:
-        StructureError: They do not.
-    """
-    if teacher is None and loss is None:
-        raise StructureError("heal: give a teacher, such as the model before structurize, or a loss, or both")
-    if not trained:
-        raise StructureError("heal: no parameter of the model has requires_grad=True")
-    theirs = set() if teacher is None else {id(parameter) for parameter in teacher.parameters()}
-    if any(id(parameter) in theirs for parameter in trained):
-        raise StructureError(
-            "heal: model and teacher share parameters that would be trained; structurize(model, ...) without "
-            "inplace=True leaves the dense model as the teacher"
-        )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise StructureError(f"heal: steps must be a whole number of at least 1, got {steps!r}")
-    if not 0 <= alpha <= 1 or not 0 <= warmup <= 1:
-        raise StructureError(f"heal: alpha and warmup are shares from 0 to 1, got {alpha!r} and {warmup!r}")
-    if not temperature > 0:
-        raise StructureError(f"heal: temperature must be positive, got {temperature!r}")
-    if match not in ("logits", "values"):
-        raise StructureError(f"heal: match is 'logits' or 'values', got {match!r}")
-    if schedule not in ("cosine", "linear"):
-        raise StructureError(f"heal: schedule is 'cosine' or 'linear', got {schedule!r}")
-    if autocast is torch.float16:
-        raise StructureError("heal: float16 would need its loss scaled; give autocast=torch.bfloat16")
