@@ -402,6 +402,17 @@ def test_there_and_back(tmp_path):
     assert file.stat().st_size < 3 * found.nbytes + 1000
 
 
+def test_complex_moments_that_do_not_lie_row_by_row(tmp_path):
+    spread = torch.tensor([[2.0, 1j], [-1j, 3.0]])
+    found = Calibration({"a": Moments(torch.tensor(4.0), torch.tensor([1j, 0.0]), spread.T)})
+    found.save(tmp_path / "file")
+    back = Calibration.load(tmp_path / "file", "cpu")["a"]
+    assert torch.equal(back.centred, spread.T / 4)
+    assert torch.equal(back.mean, found["a"].mean)
+    # variances 3/4 and 2/4 on the diagonal; along the axes (5 +- sqrt 5) / 8; the mean has 1 of 1 + 5/4
+    assert found.table().splitlines()[1].split() == ["a", "2", "4", "1.7", "72.4%", "44.4%"]
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     found = calibrate(mlp(), [torch.randn(5, 6)])
     file = tmp_path / "moments.safetensors"

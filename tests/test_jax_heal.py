@@ -12,7 +12,7 @@ import optax  # noqa: E402
 from flax import linen, nnx  # noqa: E402
 
 import structops as so  # noqa: E402
-from structops.jax import Healing, calibrate, heal, structurize  # noqa: E402
+from structops.jax import Calibration, Healing, calibrate, heal, structurize  # noqa: E402
 from structops.projection import Moments  # noqa: E402
 
 pytestmark = pytest.mark.jax
@@ -108,6 +108,97 @@ def test_errors_of_calibration():
     stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(8, 8, key=key))(jax.random.split(jax.random.key(0), 3))
     with pytest.raises(so.StructureError, match="stack of layers"):
         calibrate({"a": stack}, [X], "a")
+
+
+def same(ours, theirs):
+    """Two calibrations of the same layers with the same numbers."""
+    assert list(ours) == list(theirs)
+    for name, moments in ours.items():
+        for key, array in moments.arrays().items():
+            other = theirs[name].arrays()[key]
+            assert isinstance(array, jax.Array)
+            assert array.dtype == other.dtype, key
+            np.testing.assert_array_equal(array, other)
+
+
+def test_parts_of_the_data_add_up():
+    found = calibrate(Net(), [X], ["up", "down"])
+    assert isinstance(found, Calibration)
+    both = calibrate(Net(), [X[:1]], ["up", "down"]) + calibrate(Net(), [X[1:]], ["up"])
+    assert isinstance(both, Calibration)
+    assert set(both) == {"up", "down"}
+    assert float(both["up"].count) == 12
+    np.testing.assert_allclose(both["up"].covariance, found["up"].covariance, rtol=1e-10)
+    assert float(both["down"].count) == 6
+    with pytest.raises(TypeError):
+        _ = found + {}
+
+
+def test_a_calibration_there_and_back(tmp_path):
+    found, file = calibrate(Net(), [X], ["up", "down"]), tmp_path / "moments.safetensors"
+    found.save(file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    back = Calibration.load(file, framework="jax")
+    same(back, found)
+    device = jax.devices()[-1]
+    placed = Calibration.load(file, device, framework="jax")
+    same(placed, found)
+    assert placed["up"].mean.devices() == {device}
+    small = structurize(Net(), "block_diag(blocks=2)", ["up", "down"], calibration=back)
+    wanted = structurize(Net(), "block_diag(blocks=2)", ["up", "down"], calibration=found)
+    np.testing.assert_array_equal(small.up.operator().to_dense(), wanted.up.operator().to_dense())
+    shared = Calibration({"q": found["up"], "down": found["down"], "k": found["up"]})
+    assert (shared + shared).groups() == shared.groups() == [["q", "k"], ["down"]]
+    assert shared.nbytes == found.nbytes == 8 * (1 + 8 + 64 + 1 + 16 + 256)
+    shared.save(file)
+    assert file.stat().st_size < found.nbytes + 1000
+    again = Calibration.load(file, framework="jax")
+    assert again.groups() == shared.groups()
+    same(again, shared)
+    with pytest.raises(so.BackendError, match="framework is 'torch' or 'jax', got 'numpy'"):
+        Calibration.load(file, framework="numpy")
+
+
+def test_numbers_of_64_bits_are_not_cut(tmp_path):
+    calibrate(Net(), [X], "up").save(tmp_path / "wide")
+    layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    calibrate(layer, [X.astype(jnp.float32)]).save(tmp_path / "narrow")
+    with jax.enable_x64(False):
+        with pytest.raises(so.EntryError, match="has numbers of 64 bits, which JAX would cut to float32"):
+            Calibration.load(tmp_path / "wide", framework="jax")
+        narrow = Calibration.load(tmp_path / "narrow", framework="jax")[""]  # its count is of 64 bits
+        assert float(narrow.count) == 12
+        assert narrow.count.dtype == narrow.mean.dtype == jnp.float32
+
+
+@pytest.mark.torch
+def test_a_calibration_is_read_by_the_other_library(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    found, file = calibrate(Net(), [X], ["up", "down"]), tmp_path / "moments"
+    found.save(file)
+    theirs = Calibration.load(file)
+    assert list(theirs) == list(found)
+    for name, moments in theirs.items():
+        assert isinstance(moments.mean, torch.Tensor)
+        assert moments.centred.dtype == torch.float64
+        np.testing.assert_array_equal(moments.mean, found[name].mean)
+    assert theirs.table() == found.table()
+    theirs.save(file)
+    same(Calibration.load(file, framework="jax"), found)
+
+
+def test_the_table_of_a_calibration():
+    """Effective rank, largest variance and mean of a distribution that is known."""
+    x = jnp.concat([jnp.eye(4), -jnp.eye(4)]) * jnp.array([3.0, 1, 1, 1]) + jnp.array([2.0, 0, 0, 0])
+    for scale in (1.0, 1e-12):
+        found = calibrate(nnx.Linear(4, 1, rngs=nnx.Rngs(0)), [(scale * x).astype(jnp.float32)])
+        head, line = found.table().splitlines()
+        assert head.split() == ["layer", "inputs", "vectors", "effective", "rank", "top", "mean"]
+        # variances 9/4, 1/4, 1/4, 1/4: (12/4)^2 / (84/16); the mean has 4 of 4 + 3
+        assert line.split() == ["(the", "model)", "4", "8", "1.7", "75.0%", "57.1%"]
+    assert repr(found) == "Calibration(1 layers, 1 different inputs, 88 bytes)"
+    constant = calibrate(nnx.Linear(4, 1, rngs=nnx.Rngs(0)), [jnp.ones((3, 4))])
+    assert constant.table().splitlines()[1].split()[-3:] == ["0.0", "0.0%", "100.0%"]
 
 
 # ------------------------------------------------------------------------------------------------------------- healing

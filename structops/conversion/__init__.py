@@ -1,7 +1,9 @@
-"""Which layers of a model get which structure, what that saves, and how it is written down; no arrays, no libraries."""
+"""Which layers of a model get which structure, what that saves, and how it is written down, in every library."""
 
+from structops.conversion.calibration import Calibration as Calibration
 from structops.conversion.config import CheckpointConfig as CheckpointConfig
 from structops.conversion.config import LayerConfig as LayerConfig
+from structops.conversion.healing import Healing as Healing
 from structops.conversion.report import Conversion as Conversion
 from structops.conversion.report import Kept as Kept
 from structops.conversion.report import Projection as Projection

@@ -10,11 +10,11 @@ from structops.errors import StructureError
 from structops.mup.selection import READOUTS, RESIDUAL_ENDS
 
 Init = Literal["project", "mup"]
-Calibration = Mapping[str, Any]  # Moments, or second moments as arrays
+Covariances = Mapping[str, Any]  # Moments, or second moments as arrays
 Zero = bool | str | Sequence[str]
 
 
-def check_init(init: str, zero: Zero, calibration: Calibration | None) -> None:
+def check_init(init: str, zero: Zero, calibration: Covariances | None) -> None:
     """Options that go together.
 
     Raises:
@@ -28,7 +28,7 @@ def check_init(init: str, zero: Zero, calibration: Calibration | None) -> None:
         raise StructureError("calibration: weights that are drawn anew need none; give it with init='project'")
 
 
-def check_calibration(calibration: Calibration | None, chosen: Sequence[Choice]) -> None:
+def check_calibration(calibration: Covariances | None, chosen: Sequence[Choice]) -> None:
     """There are moments for every layer.
 
     Raises:

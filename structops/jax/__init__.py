@@ -6,6 +6,7 @@ try:
 except ImportError as error:
     raise ImportError("structops.jax needs JAX and Flax: pip install 'structops[jax]'") from error
 
+from structops.conversion.calibration import Calibration as Calibration
 from structops.jax.calibration import calibrate as calibrate
 from structops.jax.checkpoint import load as load
 from structops.jax.checkpoint import save_pretrained as save_pretrained

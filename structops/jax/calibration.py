@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sized
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +16,9 @@ from jax.experimental import io_callback
 
 from structops._progress import track
 from structops.conversion import choose
+from structops.conversion.calibration import Calibration, finished
 from structops.conversion.selection import Select
-from structops.errors import EntryError, StructureError, StructureWarning
+from structops.errors import StructureError
 from structops.jax.batches import Forward, call, checked, mask_of
 from structops.jax.convert import swapped
 from structops.jax.linears import Site, sites
@@ -38,7 +38,7 @@ def calibrate(
     forward: Forward | None = None,
     specs: Specs | None = None,
     progress: bool | None = None,
-) -> dict[str, Moments]:
+) -> Calibration:
     r"""Moments of the inputs of linear layers over data, for ``structurize(model, ..., calibration=...)``.
 
     The model runs in evaluation mode, on a copy whose selected layers note their inputs, also inside of ``jax.jit``,
@@ -60,7 +60,8 @@ def calibrate(
         progress: Whether to show a bar; by default in terminals and notebooks.
 
     Returns:
-        `structops.projection.Moments` by the name of the layer.
+        A `Calibration`: a mapping from names to `structops.projection.Moments`, with ``save`` and ``load``.  Layers
+        that get the same input have moments of their own all the same: under ``jit`` nothing tells that they do.
 
     Raises:
         StructureError: No layer is selected, a selected one is a stack of layers, there is no batch, a batch is of
@@ -118,9 +119,7 @@ def calibrate(
                 moments[name].add(x, _weights_of(weights, name, x, batch))
             inputs.clear()
         count += 1
-    if not count:
-        raise StructureError("calibrate: there is no batch; an iterator that was gone through before is empty")
-    return _finished(moments, names)
+    return finished(moments, names, count)
 
 
 def _is_stack(site: Site) -> str:
@@ -134,25 +133,6 @@ def _weights_of(weights: Weights | None, name: str, x: jax.Array, batch: Any) ->
         return None if found is None else jnp.asarray(found)
     mask = mask_of(batch)
     return None if mask is None or mask.shape != x.shape[:-1] else jnp.asarray(mask)
-
-
-def _finished(moments: dict[str, Moments], names: list[str]) -> dict[str, Moments]:
-    """The moments of all layers that were reached.
-
-    Raises:
-        StructureError: None was.
-        EntryError: Inputs were not finite.
-    """
-    found = {name: moments[name] for name in names if name in moments and float(moments[name].count) > 0}
-    missing = ", ".join(name or "the model" for name in names if name not in found)
-    if not found:
-        raise StructureError(f"calibrate: no vector came to {missing}; does the model's forward call them?")
-    if missing:
-        warnings.warn(f"calibrate: no vector came to {missing}; left out", StructureWarning, stacklevel=3)
-    bad = [name for name, one in found.items() if not bool(jnp.isfinite(jnp.diagonal(one.centred)).all())]
-    if bad:
-        raise EntryError(f"calibrate: inputs of {', '.join(bad[:5])} are not finite; look at the data")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------- noting of inputs

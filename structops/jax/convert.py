@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from structops.conversion import Choice, Projection, choose, row_of
-from structops.conversion.options import Calibration, Init, Zero, check_calibration, check_init, zero_layers
+from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named
 from structops.errors import StructureError
 from structops.jax.equinox import StructuredLinear as EquinoxLinear
@@ -59,7 +59,7 @@ def structurize(
     inplace: bool = False,
     *,
     init: Init = "project",
-    calibration: Calibration | None = None,
+    calibration: Covariances | None = None,
     zero: Zero = False,
     weight_norm: bool = False,
     recompute: bool = False,

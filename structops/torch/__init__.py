@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("structops.torch needs PyTorch: pip install 'structops[torch]'") from error
 
-from structops.torch.calibration import Calibration as Calibration
+from structops.conversion.calibration import Calibration as Calibration
 from structops.torch.calibration import calibrate as calibrate
 from structops.torch.checkpoint import export_dense as export_dense
 from structops.torch.checkpoint import load as load

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structops._files import replacing
 from structops._progress import track
 from structops.conversion import choose
-from structops.conversion.report import aligned
+from structops.conversion.calibration import Calibration, bytes_text, finished
 from structops.conversion.selection import Select
-from structops.errors import EntryError, StructureError, StructureWarning
+from structops.errors import StructureError
 from structops.projection import Moments
 from structops.torch.batches import (
     Forward,
@@ -38,156 +34,6 @@ from structops.torch.batches import (
 from structops.torch.linears import linear_layers
 
 Weights = Callable[[str, Tensor, Any], Tensor | None]
-STEPS = 20  # of the power method for the largest variance
-
-
-class Calibration(Mapping[str, Moments]):
-    """Moments of the input of every layer by name, in the order in which the layers ran; prints as a table.
-
-    Layers that get the very same inputs, such as the projections of query, key and value, share one `Moments`.  The sum
-    of two is the calibration on the data of both, for the ranks of a distributed run.
-
-    Args:
-        moments: By the name of the layer; those that are one object stay shared.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-        >>> found = calibrate(model, [torch.tensor([[1., 0.], [3., 0.]])])
-        >>> found
-        Calibration(2 layers, 2 different inputs, 88 bytes)
-        >>> print(found.table().splitlines()[1])
-        0          2        2             1.0  100.0%        80.0%
-    """
-
-    def __init__(self, moments: Mapping[str, Moments]) -> None:
-        self._moments = dict(moments)
-
-    def __getitem__(self, name: str) -> Moments:
-        """The moments of a layer.
-
-        Raises:
-            KeyError: It was not calibrated.
-        """
-        return self._moments[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """The names."""
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        """Number of layers."""
-        return len(self._moments)
-
-    def groups(self) -> list[list[str]]:
-        """The names of the layers that share an input, in the order in which they ran."""
-        groups: dict[int, list[str]] = {}
-        for name, moments in self.items():
-            groups.setdefault(id(moments), []).append(name)
-        return list(groups.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the moments; shared ones count once."""
-        distinct = {id(moments): moments for moments in self.values()}.values()
-        return sum(array.numel() * array.element_size() for moments in distinct for array in moments.arrays().values())
-
-    def __add__(self, other: Calibration) -> Calibration:
-        """The moments of the data of both; a layer that one of them lacks has those of the other."""
-        if not isinstance(other, Calibration):
-            return NotImplemented
-        sums: dict[tuple[int, int], Moments] = {}
-        found = {}
-        for name in dict.fromkeys([*self, *other]):
-            ours, theirs = self.get(name), other.get(name)
-            if ours is None or theirs is None:
-                found[name] = self[name] if theirs is None else theirs
-            else:
-                pair = id(ours), id(theirs)
-                if pair not in sums:
-                    sums[pair] = ours + theirs
-                found[name] = sums[pair]
-        return Calibration(found)
-
-    def save(self, file: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; `load` reads it.  The file appears whole or not at all."""
-        from safetensors.torch import save
-
-        groups = self.groups()
-        arrays = {
-            f"{k}.{key}": array.detach().contiguous().cpu()
-            for k, group in enumerate(groups)
-            for key, array in self[group[0]].arrays().items()
-        }
-        order = {name: k for k, group in enumerate(groups) for name in group}
-        layers = json.dumps({name: order[name] for name in self})
-        with replacing(file) as stream:
-            stream.write(save(arrays, metadata={"format": "pt", "structops.calibration": layers}))
-
-    @classmethod
-    def load(cls, file: str | os.PathLike[str], device: torch.device | str = "cpu") -> Calibration:
-        """What `save` wrote.
-
-        Raises:
-            EntryError: The file is no calibration.
-        """
-        from safetensors import safe_open
-
-        with safe_open(file, "pt", device=str(device)) as stored:
-            layers = (stored.metadata() or {}).get("structops.calibration")
-            if layers is None:
-                raise EntryError(f"{file} is no calibration; Calibration.save writes one")
-            arrays: dict[str, dict[str, Tensor]] = {}
-            for key in stored.keys():  # noqa: SIM118  (no mapping)
-                group, name = key.split(".")
-                arrays.setdefault(group, {})[name] = stored.get_tensor(key)
-        moments = {group: Moments.from_arrays(found) for group, found in arrays.items()}
-        return cls({name: moments[str(k)] for name, k in json.loads(layers).items()})
-
-    def table(self) -> str:
-        """One line a layer.
-
-        - *vectors*: the sum of their weights; with fewer than inputs the moments are singular.
-        - *effective rank*: ``(sum of variances)^2 / sum of squared variances`` along the principal axes, at most the
-          number of inputs: how much there is to gain over a projection without calibration.
-        - *top*: share of the largest of these variances in their sum.
-        - *mean*: share of the mean in the second moments, which a bias takes over.
-        """
-        head = ("layer", "inputs", "vectors", "effective rank", "top", "mean")
-        body = []
-        for group in self.groups():
-            moments = self[group[0]]
-            rank, top, mean = _spectrum(moments)
-            cells = (f"{moments.features}", f"{float(moments.count):,.7g}", f"{rank:.1f}", f"{top:.1%}", f"{mean:.1%}")
-            body += [(name or "(the model)", *cells) for name in group]
-        return "\n".join(aligned(head, body, right=(1, 2, 3, 4, 5)))
-
-    __str__ = table
-
-    def __repr__(self) -> str:
-        """Counts and memory."""
-        return f"Calibration({len(self)} layers, {len(self.groups())} different inputs, {_bytes(self.nbytes)})"
-
-
-def _spectrum(moments: Moments) -> tuple[float, float, float]:
-    """Effective rank, share of the largest variance, and share of the mean in the second moments."""
-    spread, mean = moments.centred, moments.mean
-    trace, square = float(spread.diagonal().real.double().sum()), float(mean.abs().double().square().sum())
-    if trace <= 0:
-        return 0.0, 0.0, 1.0 if square else 0.0
-    rank = trace**2 / float(torch.linalg.vector_norm(spread, dtype=_wide(spread))) ** 2
-    v = spread[:, spread.diagonal().real.argmax()]
-    for _ in range(STEPS):
-        v = spread @ (v / v.norm())
-    return rank, float(v.norm()) / trace, square / (square + trace)
-
-
-def _wide(array: Tensor) -> torch.dtype:
-    return torch.complex128 if array.is_complex() else torch.float64
-
-
-def _bytes(count: int) -> str:
-    power = min(3, max(0, count.bit_length() - 1) // 10)
-    return f"{count} bytes" if power == 0 else f"{count / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def calibrate(
@@ -258,36 +104,13 @@ def calibrate(
             stack.enter_context(hooked(layer.module, partial(record.before, layer.name)))
         length = len(batches) if isinstance(batches, Sized) else None
         total = max_batches if length is None else min(length, max_batches or length)
-        title = f"calibrating, at most {_bytes(most)}"
+        title = f"calibrating, at most {bytes_text(most)}"
         for batch in track(islice(checked(batches), max_batches), title, total, progress):
             record.batch = moved(batch, place)
             run(model, record.batch)
             record.end()
-    if not record.batches:
-        raise StructureError("calibrate: there is no batch; an iterator that was gone through before is empty")
-    return _finished(record, [layer.name for layer in chosen])
-
-
-def _finished(record: _Record, names: list[str]) -> Calibration:
-    """The moments of all layers that were reached.
-
-    Raises:
-        StructureError: None was.
-        EntryError: Inputs were not finite.
-    """
-    found = {name: shared.moments for name, shared in record.shared.items() if float(shared.moments.count) > 0}
-    missing = ", ".join(name or "the model" for name in names if name not in found)
-    if not found:
-        raise StructureError(f"calibrate: no vector came to {missing}; does the model's forward call them?")
-    if missing:
-        warnings.warn(f"calibrate: no vector came to {missing}; left out", StructureWarning, stacklevel=3)
-    bad = [name for name, moments in found.items() if not bool(moments.centred.diagonal().isfinite().all())]
-    if bad:
-        raise EntryError(
-            f"calibrate: inputs of {', '.join(bad[:5])} are not finite; look at the data, or run the model in bfloat16 "
-            f"or float32"
-        )
-    return Calibration(found)
+    moments = {name: shared.moments for name, shared in record.shared.items()}
+    return finished(moments, [layer.name for layer in chosen], record.batches)
 
 
 # ------------------------------------------------------------------------------------- layers that share their inputs
