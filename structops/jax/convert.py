@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from structops.conversion import Choice, Projection, choose, row_of
+from structops.conversion import Projection, choose, row_of
 from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named
 from structops.errors import StructureError
@@ -25,9 +25,9 @@ from structops.jax.weights import Specs, text_of
 from structops.normalise import rms_caps
 from structops.projection import Moments, bias_shift
 from structops.projection.fit import fit_factors
-from structops.spec import Plan
+from structops.spec import Plan, Structure
 
-IN_PLACE = "inplace: only modules of Flax NNX that hold layers change in place; take what is returned instead"
+IN_PLACE = "inplace: only modules of Flax NNX that hold layers change in place; take what is returned"
 
 
 class Structured(NamedTuple):
@@ -136,9 +136,7 @@ def structurize(
     if init == "mup" and key is None and not dry_run:
         raise StructureError("key: weights are drawn anew; give key=jax.random.key(0) or the like")
     if inplace and (not is_nnx or isinstance(model, nnx.Linear | nnx.LinearGeneral)):
-        raise StructureError(
-            "inplace: only modules of Flax NNX that hold layers change in place; take what is returned"
-        )
+        raise StructureError(IN_PLACE)
     if is_nnx and not inplace and not dry_run:
         model = nnx.clone(model)
     found = sites(model, specs)
@@ -146,13 +144,12 @@ def structurize(
     if dry_run:
         rows = [row_of(choice, tokens, machine_of()) for choice in choices]
         return survey(model, tokens, specs=specs).with_rows(rows)
-    chosen = [(choice, site) for choice, site in zip(choices, found, strict=True) if choice.structure is not None]
-    check_calibration(calibration, [choice for choice, _ in chosen])
-    zeros = zero_layers([choice for choice, _ in chosen], zero)
+    chosen = [(c, c.structure, site) for c, site in zip(choices, found, strict=True) if c.structure is not None]
+    check_calibration(calibration, [choice for choice, _, _ in chosen])
+    zeros = zero_layers([choice for choice, _, _ in chosen], zero)
     nodes, plans, projections = {}, {}, {}
-    for choice, site in chosen:
-        name, spec = choice.layer.name, choice.structure
-        assert spec is not None
+    for choice, spec, site in chosen:
+        name = choice.layer.name
         plan = spec.plan(choice.layer.in_features, choice.layer.out_features)
         if isinstance(site.node, Mapping) and (weight_norm or recompute):
             raise StructureError("weight_norm and recompute are choices of layers; a plain tree has none")
@@ -160,10 +157,10 @@ def structurize(
         if site.is_abstract:
             new = shapes(site, plan, caps)
         elif init == "mup":
-            assert key is not None
+            assert key is not None  # checked above
             new = _drawn(site, plan, caps, jax.random.fold_in(key, digits(name)), name in zeros)
         else:
-            new = _projected(site, choice, None if calibration is None else calibration[name], refine, caps)
+            new = _projected(site, spec, None if calibration is None else calibration[name], refine, caps)
         options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
         nodes[name] = filled(site, spec, new, init == "mup", options)
         plans[f"{name}.factors" if name else "factors"] = plan
@@ -204,9 +201,7 @@ def densify(model: Any, select: Names = None, inplace: bool = False, *, specs: S
     """
     is_nnx = isinstance(model, nnx.Module)
     if inplace and (not is_nnx or hasattr(model, "merge")):
-        raise StructureError(
-            "inplace: only modules of Flax NNX that hold layers change in place; take what is returned"
-        )
+        raise StructureError(IN_PLACE)
     if is_nnx and not inplace:
         model = nnx.clone(model)
     found = {site.layer.name: site for site in sites(model, specs) if site.plan is not None}
@@ -233,15 +228,14 @@ def _drawn(site: Site, plan: Plan, caps: Any, key: jax.Array, zero_init: bool) -
     return _New(_stacked(layers, site.stack), gains, None)
 
 
-def _projected(site: Site, choice: Choice, inputs: Any, refine: int | None, caps: Any) -> _New:
+def _projected(site: Site, spec: Structure, inputs: Any, refine: int | None, caps: Any) -> _New:
     """The projection of every layer of a stack, their factors stacked."""
     W, stack = site.weight(), site.stack
     if stack and inputs is not None:
-        raise StructureError(f"calibration: {choice.layer.name} is a stack of layers; calibrate them one by one")
+        raise StructureError(f"calibration: {site.layer.name} is a stack of layers; calibrate them one by one")
     centred = isinstance(inputs, Moments) and site.bias is not None
     covariance = inputs.centred if centred else inputs
-    layers, shift, spec, largest = [], None, choice.structure, 0.0
-    assert spec is not None
+    layers, shift, largest = [], None, 0.0
     for one in W.reshape((-1, *W.shape[-2:])):
         plan, found, error = fit_factors(one, spec, covariance=covariance, refine=refine)
         layers.append(list(found.factors))
@@ -296,7 +290,7 @@ def filled(site: Site, spec: Any, new: _New, fresh_bias: bool, options: Mapping[
 def _dense(site: Site) -> Any:
     """The dense layer of a structured one."""
     node, plan = site.node, site.plan
-    assert plan is not None
+    assert plan is not None  # densify leaves out all others
     if isinstance(node, Mapping):
         kernel = jnp.swapaxes(_matrices(plan, node["factors"]), -1, -2)
         return _mapping(node, {**{key: value for key, value in node.items() if key != "factors"}, "kernel": kernel})
