@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from structops import _array
-from structops._array import Array
+from structops._array import Array, Dtype
 from structops.errors import BackendError, EntryError, ShapeError, StructureError
 from structops.operators.circulant import CirculantPlan
 from structops.operators.convolution import ConvolutionPlan
@@ -176,11 +176,13 @@ def fit_factors(
     plan = s.plan(int(W.shape[1]), int(W.shape[0]))
     method = _method(s, plan)
     W = _array.cast(W, working(W))
+    moments = None
     if covariance is not None:
-        options = Options(_moments(covariance, W), refine, seed)
+        moments = _moments(covariance, W)
+        options = Options(_positive(moments, working(covariance)), refine, seed)
     found = method(plan, W, options)
     factors = [_array.cast(factor, given) for factor in found.factors]
-    return plan, found.having(factors), _error(plan, factors, W, options.covariance)
+    return plan, found.having(factors), _error(plan, factors, W, moments)
 
 
 def _method(spec: Structure, plan: Plan) -> Method:
@@ -261,6 +263,18 @@ def _moments(covariance: Array, W: Array) -> Array:
     largest = xp.max(xp.abs(xp.linalg.diagonal(C)))
     C = C / (2 * xp.where(largest > 0, largest, xp.ones_like(largest)))
     return _array.cast(C + _array.adjoint(C), _array.wide(W))
+
+
+def _positive(C: Array, given: Dtype) -> Array:
+    """Moments that came in a dtype of fewer digits, positive again.
+
+    Rounding to that dtype moves eigenvalues by at most eps times the Frobenius norm.  Those of few vectors are zero,
+    become negative, and a sweep in double precision takes them for what they are: no metric, along which it diverges.
+    Of 16 bits that of float32 is added; their own would change the projection.
+    """
+    xp = _array.namespace(C)
+    step = float(xp.finfo(given).eps) * xp.sqrt(xp.sum(xp.abs(C) ** 2))
+    return C + step * _array.eye(int(C.shape[0]), C, C.dtype)
 
 
 def _error(plan: Plan, factors: list[Array], W: Array, covariance: Array | None) -> Array:
