@@ -12,8 +12,11 @@ from structops.errors import StructureError
 from structops.mup.selection import READOUTS
 from structops.spec import Structure, structure
 
-ROUTERS = ("router", "gate", "gating", "switch")
+ROUTERS = ("router", "gate", "gating", "switch", "shared_expert_gate")
 """Last parts of the names of layers that choose experts: small, and a rank cut there changes the choice."""
+
+READ = ("dt_proj",)
+"""Last parts of the names of layers whose weight Mamba multiplies itself."""
 
 Spec = str | Structure | Mapping[str, Any]
 Pattern = str | re.Pattern[str]
@@ -66,6 +69,8 @@ def reserved_for(name: str) -> str:
     last = name.rpartition(".")[2]
     if last in READOUTS:
         return "output head"
+    if last in READ:
+        return "its weight is read by Mamba itself"
     return "router of experts" if last in ROUTERS else ""
 
 
