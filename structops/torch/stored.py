@@ -12,6 +12,8 @@ from structops.errors import CheckpointError
 from structops.torch.layer import StructuredLinear
 from structops.torch.weights import held
 
+_UNKNOWN = (torch.complex128, torch.complex32)  # to safetensors
+
 
 def unwrapped(model: Any) -> Any:
     """The module inside ``torch.compile`` and other wrappers.
@@ -56,7 +58,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What is stored, everything once, and which names are another's.
 
     Raises:
-        CheckpointError: A tensor is sharded, quantised in a class of its own, or on the meta device.
+        CheckpointError: A tensor is sharded, quantised in a class of its own, on the meta device, or complex128.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -69,6 +71,8 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(
                 f"{key} is {what}: fill the model first; sharded models are saved by structops.torch.distributed.save"
             )
+        if value.dtype in _UNKNOWN:
+            raise CheckpointError(f"{key} is {dtype_name(value.dtype)}, which safetensors do not have")
         same = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and same in first:
             tied[key] = first[same]
