@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,7 @@ def structurize(
             anew by the paper's rule, bias 0.
         calibration: Moments of the inputs of every layer by name, from `structops.torch.calibrate`, or second moments
             \(E[x x^T]\) as arrays.  The projection is then the nearest in \(E\|(W - A) x\|^2\); with `Moments` and a
-            bias in \(E\|(W - A)(x - \mu)\|^2\), and the bias takes \((W - A)\mu\).
+            bias in \(E\|(W - A)(x - \mu)\|^2\), and the bias takes \((W - A)\mu\), unless it is tied to another.
         zero: With ``init="mup"``, layers whose last factor starts at zero: globs, or True for the ends of residual
             branches and the readout, found by the names that common code bases give them (``structops.mup.selection``).
         weight_norm: As for `StructuredLinear`; projected factors keep their size by their gains.
@@ -77,7 +78,7 @@ def structurize(
         StructureError: A structure is unknown or cannot have the sizes of its layer (use ``pad=True`` or other
             blocks), a pattern fits nothing, a selected layer cannot be converted (its weight is tied, parametrised,
             sharded, quantised, or its class is a subclass that may compute something else), ``calibration`` lacks a
-            layer, or ``zero`` with ``init="project"``.
+            layer, ``zero`` with ``init="project"``, or the model is wrapped in DDP.
         EntryError: A weight that is projected is not finite.
 
     Cost:
@@ -99,11 +100,13 @@ def structurize(
     if dry_run:
         rows = [row_of(choice, tokens, machine_of(model)) for choice in choices]
         return survey(model, tokens).with_rows(rows)
+    _check_wrappers(model)
     chosen = [choice for choice in choices if choice.structure is not None]
     check_calibration(calibration, chosen)
     zeros = zero_layers(chosen, zero)
     if not inplace:
         model, chosen = _copied(model, chosen)
+    shared = _tied(model)
     replaced: dict[int, nn.Module] = {}
     biases: list[tuple[Any, Tensor | None]] = []
     for choice in track(chosen, "projecting" if init == "project" else "structuring", shown=progress):
@@ -116,7 +119,8 @@ def structurize(
                 new.reset_parameters(generator)
                 biases.append((bias, None))
             else:
-                shift = _project(new, layer, None if calibration is None else calibration[name], refine)
+                inputs = None if calibration is None else calibration[name]
+                shift = _project(new, layer, inputs, refine, may_shift=id(bias) not in shared)
                 biases.append((bias, shift))
         for parameter in new.weights():
             parameter.requires_grad_(layer.weight.requires_grad)
@@ -143,7 +147,8 @@ def densify(model: nn.Module, select: Names = None, inplace: bool = False) -> nn
         The model, whose state dict loads without structops.
 
     Raises:
-        StructureError: A pattern fits no structured layer, or a single layer is to be replaced in place.
+        StructureError: A pattern fits no structured layer, a single layer is to be replaced in place, or the model is
+            wrapped in DDP.
 
     Cost:
         ``out_features * in_features`` numbers a layer, which is the point.
@@ -158,6 +163,7 @@ def densify(model: nn.Module, select: Names = None, inplace: bool = False) -> nn
     """
     if inplace and isinstance(model, StructuredLinear):
         raise StructureError("a single layer cannot be replaced in place; take what densify returns")
+    _check_wrappers(model)
     if not inplace:
         model = copy.deepcopy(model)
     found = {name: layer for name, layer in layers(model) if isinstance(layer, StructuredLinear)}
@@ -195,10 +201,12 @@ def shell(choice: Choice, **options: Any) -> StructuredLinear:
     return new
 
 
-def _project(new: StructuredLinear, layer: nn.Module, inputs: Any, refine: int | None) -> Tensor | None:
+def _project(
+    new: StructuredLinear, layer: nn.Module, inputs: Any, refine: int | None, may_shift: bool = True
+) -> Tensor | None:
     """Fill the factors with the projection of the weight of a dense layer; what the bias is to be shifted by."""
     W = dense_weight(layer).detach()
-    centred = not isinstance(inputs, Tensor | None) and layer.bias is not None
+    centred = not isinstance(inputs, Tensor | None) and layer.bias is not None and may_shift
     covariance = inputs.centred if centred else inputs
     plan, found, error = fit_factors(W, new.structure, covariance=covariance, refine=refine)
     with torch.no_grad():
@@ -228,6 +236,26 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the model
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """The parameters that several modules have, or one under several names."""
+    held = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
+    return {key for key, count in Counter(held).items() if count > 1}
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Nothing holds on to parameters that are replaced.
+
+    Raises:
+        StructureError: DDP does, and would not sum the gradients of others.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise StructureError(
+                f"{name or 'the model'} is wrapped in DistributedDataParallel, which would not see new parameters: "
+                f"convert its .module, then wrap that again"
+            )
 
 
 def _copied(model: nn.Module, chosen: Sequence[Choice]) -> tuple[nn.Module, list[Choice]]:
