@@ -364,3 +364,12 @@ def test_the_report_has_the_errors_of_projection():
     small, report = structurize(mlp, EXACT, "layers.0", report=True)
     assert [row.error < 1e-6 for row in report.converted] == [True] * len(report.converted)
     assert isinstance(small, eqx.nn.MLP)
+
+
+def test_warnings_come_once_a_conversion():
+    mlp = eqx.nn.MLP(16, 16, 16, 2, key=jax.random.key(0))
+    with pytest.warns(so.StructureWarning) as told:
+        structurize(mlp, "btt(rank=9)", init="mup", key=jax.random.key(0))
+    assert [str(one.message).partition(" is more")[0] for one in told] == ["layers.0 and 2 more: btt(rank=9): rank 9"]
+    with pytest.warns(so.StructureWarning, match="no layer was converted .*has a structure already"):
+        structurize(structurize(mlp, "btt(rank=4)", "layers.0").layers[0], "kron")

@@ -490,3 +490,24 @@ def test_the_stand_in_inside_a_compiled_function():
     # No numbers can be had there, either.
     wrong = torch.compile(lambda x: x @ model.wo.weight.T, fullgraph=True, backend="aot_eager")
     assert wrong(x.float()).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def test_what_a_structure_says_is_told_once():
+    model = mlp(16, 16, 16, 16)
+    with pytest.warns(so.StructureWarning) as told:
+        structurize(model, "btt(rank=9)")
+    assert len(told) == 1
+    assert str(told[0].message).startswith("0 and 2 more: btt(rank=9): rank 9 is more than useful")
+    with pytest.warns(so.StructureWarning) as told:
+        structurize(model, "btt(rank=9)", dry_run=True)
+    assert len(told) == 1
+
+
+def test_a_conversion_of_nothing_is_told():
+    with pytest.warns(so.StructureWarning, match="no layer was converted .*the model: it has a structure already"):
+        structurize(StructuredLinear(12, 12, "kron"), "btt")
+    with pytest.warns(so.StructureWarning, match="it has no linear layer"):
+        structurize(nn.Sequential(nn.GELU()), "btt")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from structops.conversion.selection import Choice, named
-from structops.errors import StructureError
+from structops.errors import StructureError, StructureWarning
 from structops.mup.selection import READOUTS, RESIDUAL_ENDS
 
 Init = Literal["project", "mup"]
@@ -26,6 +27,20 @@ def check_init(init: str, zero: Zero, calibration: Covariances | None) -> None:
         raise StructureError("zero: projected weights keep their values; give zero with init='mup'")
     if init == "mup" and calibration is not None:
         raise StructureError("calibration: weights that are drawn anew need none; give it with init='project'")
+
+
+def chosen_of(choices: Sequence[Choice]) -> list[Choice]:
+    """The choices that give a layer a structure.
+
+    **Warnings.** `StructureWarning` if there are none: a conversion that does nothing is seldom what was meant.
+    """
+    chosen = [choice for choice in choices if choice.structure is not None]
+    if not chosen:
+        reasons = (
+            "; ".join(f"{c.layer.name or 'the model'}: {c.reason}" for c in choices[:5]) or "it has no linear layer"
+        )
+        warnings.warn(f"structurize: no layer was converted ({reasons})", StructureWarning, stacklevel=3)
+    return chosen
 
 
 def check_calibration(calibration: Covariances | None, chosen: Sequence[Choice]) -> None:

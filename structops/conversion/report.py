@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from structops.conversion.selection import Choice, Layer
+from structops.conversion.selection import Choice, Layer, quiet
 from structops.merging import Machine, speed_up
 from structops.spec import ChainPlan
 
@@ -181,7 +181,9 @@ def row_of(choice: Choice, tokens: int, machine: Machine) -> Row:
     layer, spec = choice.layer, choice.structure
     if spec is None:
         return kept_dense(layer, choice.reason)
-    return planned(layer, str(spec), spec.plan(layer.in_features, layer.out_features), tokens, machine)
+    with quiet():
+        plan = spec.plan(layer.in_features, layer.out_features)
+    return planned(layer, str(spec), plan, tokens, machine)
 
 
 def kept_dense(layer: Layer, reason: str) -> Row:

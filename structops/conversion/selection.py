@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from structops.errors import StructureError
+from structops.errors import StructureError, StructureWarning
 from structops.mup.selection import READOUTS
 from structops.spec import Structure, structure
 
@@ -96,6 +98,8 @@ def choose(layers: Iterable[Layer], spec: Spec | Mapping[Pattern, Any] | None, s
     Raises:
         StructureError: A structure is unknown or cannot have the sizes of its layer, a pattern fits no linear layer,
             or a layer that was selected cannot be converted.
+
+    **Warnings.** What a structure says of a size (`StructureWarning`), once for all layers alike.
     """
     layers = list(layers)
     if _is_rules(spec):
@@ -111,9 +115,25 @@ def choose(layers: Iterable[Layer], spec: Spec | Mapping[Pattern, Any] | None, s
         choices = [
             Choice(layer, found, "" if found else "not selected") for layer, found in _asked(layers, default, select)
         ]
+    told: dict[str, list[str]] = {}
     for choice in choices:
-        _check(choice)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", StructureWarning)
+            _check(choice)
+        for text in {str(warning.message) for warning in caught}:
+            told.setdefault(text, []).append(choice.layer.name or "the model")
+    for text, names in told.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(f"{names[0]}{more}: {text}", StructureWarning, stacklevel=3)
     return choices
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What `choose` has told about the ranks of structures is not told again for every layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StructureWarning)
+        yield
 
 
 def _by_default(layer: Layer, default: Structure) -> tuple[Structure | None, str]:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from structops.conversion import Projection, choose, row_of
-from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, zero_layers
-from structops.conversion.selection import Names, Select, Spec, named
+from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, chosen_of, zero_layers
+from structops.conversion.selection import Names, Select, Spec, named, quiet
 from structops.errors import StructureError
 from structops.jax.equinox import StructuredLinear as EquinoxLinear
 from structops.jax.equinox import dense_linear
@@ -118,6 +118,9 @@ def structurize(
             ``init="mup"``, or an argument that this kind of model cannot have.
         EntryError: A weight that is projected is not finite.
 
+    Warnings:
+        `StructureWarning`: What a structure says of its size, once for all layers alike; or no layer was converted.
+
     Cost:
         With ``init="project"`` that of one projection a layer.  JAX compiles its parts once for every shape.
 
@@ -144,27 +147,29 @@ def structurize(
     if dry_run:
         rows = [row_of(choice, tokens, machine_of()) for choice in choices]
         return survey(model, tokens, specs=specs).with_rows(rows)
+    chosen_of(choices)
     chosen = [(c, c.structure, site) for c, site in zip(choices, found, strict=True) if c.structure is not None]
     check_calibration(calibration, [choice for choice, _, _ in chosen])
     zeros = zero_layers([choice for choice, _, _ in chosen], zero)
     nodes, plans, projections = {}, {}, {}
-    for choice, spec, site in chosen:
-        name = choice.layer.name
-        plan = spec.plan(choice.layer.in_features, choice.layer.out_features)
-        if isinstance(site.node, Mapping) and (weight_norm or recompute):
-            raise StructureError("weight_norm and recompute are choices of layers; a plain tree has none")
-        caps = rms_caps(plan, name in zeros) if weight_norm else None
-        if site.is_abstract:
-            new = shapes(site, plan, caps)
-        elif init == "mup":
-            assert key is not None  # checked above
-            new = _drawn(site, plan, caps, jax.random.fold_in(key, digits(name)), name in zeros)
-        else:
-            new = _projected(site, spec, None if calibration is None else calibration[name], refine, caps)
-        options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
-        nodes[name] = filled(site, spec, new, init == "mup", options)
-        plans[f"{name}.factors" if name else "factors"] = plan
-        projections[name] = new.projection
+    with quiet():
+        for choice, spec, site in chosen:
+            name = choice.layer.name
+            plan = spec.plan(choice.layer.in_features, choice.layer.out_features)
+            if isinstance(site.node, Mapping) and (weight_norm or recompute):
+                raise StructureError("weight_norm and recompute are choices of layers; a plain tree has none")
+            caps = rms_caps(plan, name in zeros) if weight_norm else None
+            if site.is_abstract:
+                new = shapes(site, plan, caps)
+            elif init == "mup":
+                assert key is not None  # checked above
+                new = _drawn(site, plan, caps, jax.random.fold_in(key, digits(name)), name in zeros)
+            else:
+                new = _projected(site, spec, None if calibration is None else calibration[name], refine, caps)
+            options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
+            nodes[name] = filled(site, spec, new, init == "mup", options)
+            plans[f"{name}.factors" if name else "factors"] = plan
+            projections[name] = new.projection
     changed = swapped(model, nodes)
     if not (is_nnx or isinstance(model, eqx.Module)):
         gone = {f"{name}.kernel" if name else "kernel" for name in nodes}

@@ -14,7 +14,7 @@ from structops.mup.plan import ROLES, Weight
 # Last parts of the names of layers whose outputs are the model's.
 READOUTS = (
     *("head", "lm_head", "classifier", "readout", "unembed", "fc_out", "output_layer", "logits", "score"),
-    *("qa_outputs", "proj_out", "output_projection"),
+    *("qa_outputs", "proj_out", "output_projection", "visual_projection", "text_projection"),
 )
 # Last parts of the names of layers whose outputs are added to a residual stream, in common code bases.
 RESIDUAL_ENDS = (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from structops import projection
 from structops._progress import track
 from structops.conversion import Choice, Projection, choose, row_of
-from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, zero_layers
-from structops.conversion.selection import Names, Select, Spec, named
+from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, chosen_of, zero_layers
+from structops.conversion.selection import Names, Select, Spec, named, quiet
 from structops.errors import StructureError
 from structops.projection.fit import fit_factors
 from structops.torch.layer import StructuredLinear
@@ -81,6 +81,9 @@ def structurize(
             layer, ``zero`` with ``init="project"``, or the model is wrapped in DDP.
         EntryError: A weight that is projected is not finite.
 
+    Warnings:
+        `StructureWarning`: What a structure says of its size, once for all layers alike; or no layer was converted.
+
     Cost:
         With ``init="project"`` that of one projection a layer.  Memory: the new factors, and what one projection takes.
 
@@ -101,7 +104,7 @@ def structurize(
         rows = [row_of(choice, tokens, machine_of(model)) for choice in choices]
         return survey(model, tokens).with_rows(rows)
     _check_wrappers(model)
-    chosen = [choice for choice in choices if choice.structure is not None]
+    chosen = chosen_of(choices)
     check_calibration(calibration, chosen)
     zeros = zero_layers(chosen, zero)
     if not inplace:
@@ -195,7 +198,8 @@ def shell(choice: Choice, **options: Any) -> StructuredLinear:
     """The structured layer for a dense one, on the meta device and without its bias, with all else that it has."""
     layer = choice.layer
     sizes = (layer.in_features, layer.out_features)
-    new = StructuredLinear(*sizes, choice.structure, False, "meta", layer.module.weight.dtype, **options)  # type: ignore
+    with quiet():
+        new = StructuredLinear(*sizes, choice.structure, False, "meta", layer.module.weight.dtype, **options)  # type: ignore
     carry_over(layer.module, new)
     new.kind = layer.kind
     return new
@@ -208,7 +212,8 @@ def _project(
     W = dense_weight(layer).detach()
     centred = not isinstance(inputs, Tensor | None) and layer.bias is not None and may_shift
     covariance = inputs.centred if centred else inputs
-    plan, found, error = fit_factors(W, new.structure, covariance=covariance, refine=refine)
+    with quiet():
+        plan, found, error = fit_factors(W, new.structure, covariance=covariance, refine=refine)
     with torch.no_grad():
         for k, (parameter, factor) in enumerate(zip(new.factors, found.factors, strict=True)):
             parameter.copy_(factor)
