@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from structops import _array
@@ -279,17 +280,33 @@ def _positive(C: Array, given: Dtype) -> Array:
 
 def _error(plan: Plan, factors: list[Array], W: Array, covariance: Array | None) -> Array:
     """The relative error of the operator of these factors."""
-    xp, count = _array.namespace(W), int(W.shape[0])
+    xp = _array.namespace(W)
     dtype = W.dtype if covariance is None else covariance.dtype
     A = plan.operator([_array.cast(factor, dtype) for factor in factors])
-    unit, sums = _array.eye(min(count, ROWS), W, dtype), []
-    for start in range(0, count, ROWS):
-        rows = min(ROWS, count - start)
-        part = _array.cast(W[start : start + rows], dtype)
-        left = part - _array.pad(unit[:rows, :rows], [(start, count - start - rows)]) @ A
-        sums.append([_square(M, covariance) for M in (left, part)])
+    if int(W.shape[1]) < int(W.shape[0]):  # a tall matrix has fewer columns to compute
+        if covariance is None:
+            W, A = W.mT, A.T
+        else:
+            A = xp.concat([part for _, part in _rows(A.T, W, dtype)], axis=0).mT
+    sums = []
+    for here, rows in _rows(A, W, dtype):
+        part = _array.cast(W[here], dtype)
+        sums.append([_square(M, covariance) for M in (part - rows, part)])
     lost, total = (xp.sqrt(xp.sum(xp.stack(side))) for side in zip(*sums, strict=True))
     return xp.where(total > 0, lost / xp.where(total > 0, total, xp.ones_like(total)), xp.zeros_like(total))
+
+
+def _rows(A: Any, like: Array, dtype: Dtype) -> Iterator[tuple[slice, Array]]:
+    """The rows of an operator or of a matrix, some at a time, and which they are."""
+    count = int(A.shape[0])
+    unit = _array.eye(min(count, ROWS), like, dtype)
+    for start in range(0, count, ROWS):
+        here = slice(start, min(start + ROWS, count))
+        rows = here.stop - start
+        if hasattr(A, "to_dense"):
+            yield here, _array.pad(unit[:rows, :rows], [(start, count - here.stop)]) @ A
+        else:
+            yield here, A[here]
 
 
 def _square(M: Array, covariance: Array | None) -> Array:
