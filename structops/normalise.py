@@ -57,13 +57,34 @@ def rms_cap(factors: Sequence[Array], caps: Sequence[float], gains: Array | None
     return [_capped(M, cap, gain) for M, cap, gain in zip(factors, caps, each, strict=True)]
 
 
+def keeping_gains(factors: Sequence[Array], caps: Sequence[float]) -> Array:
+    """The gains with which `rms_cap` returns the factors as they are: what the cap takes, a gain gives back.
+
+    Args:
+        factors: Stored factors, (..., blocks, fan_out, fan_in); axes in front stack layers.
+        caps: As for `rms_cap`.
+
+    Returns:
+        Shape (..., number of factors): ``max(1, rms / cap)``.
+    """
+    gains = [(_rms(_wide(M), (-3, -2, -1)) / cap).clip(min=1.0) for M, cap in zip(factors, caps, strict=True)]
+    return namespace(gains[0]).stack(gains, -1)
+
+
+def _wide(M: Array) -> Array:
+    return cast(M, namespace(M).float32) if is_half(M.dtype) else M
+
+
+def _rms(M: Array, axes: tuple[int, ...] | None = None) -> Array:
+    return ((M * M.conj()).real.mean(axes) + EPS) ** 0.5
+
+
 def _capped(M: Array, cap: float, gain: Array | None) -> Array:
     # Methods that torch and JAX share, instead of a namespace: this runs in every forward pass and under compilers.
     if not hasattr(M, "permute"):  # else it is torch's, and may be being compiled
         backend_of(M)
-    wide = cast(M, namespace(M).float32) if is_half(M.dtype) else M
-    rms = ((wide * wide.conj()).real.mean() + EPS) ** 0.5
-    scale = (cap / rms).clip(max=1.0)
+    wide = _wide(M)
+    scale = (cap / _rms(wide)).clip(max=1.0)
     return cast(wide * (scale if gain is None else scale * gain), M.dtype)
 
 

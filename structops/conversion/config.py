@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
@@ -233,3 +233,23 @@ def _check_entries(where: str, data: Any, types: Mapping[str, Any]) -> None:
         value = data[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointError(f"{where}: {name} is {value!r}, which is of the wrong type")
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Model and checkpoint have the same tensors, at the same sizes.
+
+    Raises:
+        CheckpointError: They have not.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"the checkpoint lacks {some(missing)}, which the model has: is it another model?")
+    if unknown := [name for name in found if name not in expected]:
+        raise CheckpointError(f"the model lacks {some(unknown)}, which the checkpoint has: is it another model?")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{name} is {shape} in the model and {found[name]} in the checkpoint")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.flax import save_file
 
 from structops.conversion import CheckpointConfig, LayerConfig
-from structops.conversion.config import CONFIG, DIGEST, WEIGHTS
+from structops.conversion.config import CONFIG, DIGEST, WEIGHTS, check_tensors, some
 from structops.conversion.folder import Folder, opened, published, read_config
 from structops.errors import CheckpointError
 from structops.jax.convert import filled, shapes, swapped
@@ -104,7 +104,7 @@ def load(folder: Folder, model: Any, *, dtype: Any = None) -> Any:
     with opened(folder / WEIGHTS, "flax") as file:
         config.check_weights(file.metadata(), str(folder / WEIGHTS))
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        _check_arrays({name: tuple(array.shape) for name, array in _arrays(shell).items()}, stored)
+        check_tensors({name: tuple(array.shape) for name, array in _arrays(shell).items()}, stored)
         arrays = {key: _cast(jnp.asarray(file.get_tensor(key)), dtype) for key in stored}
     if isinstance(shell, nnx.Module):
         state = nnx.state(shell, STORED)
@@ -200,7 +200,7 @@ def _shell(name: str, layer: LayerConfig, found: Mapping[str, Site]) -> Any:
     if site is None:
         raise CheckpointError(
             f"the model has no layer {name!r}, which is {layer.structure} in the checkpoint; its linear layers are "
-            f"{_some(list(found))}"
+            f"{some(list(found))}"
         )
     ours, theirs = (site.layer.out_features, site.layer.in_features), (layer.out_features, layer.in_features)
     if ours != theirs:
@@ -222,24 +222,5 @@ def _shell(name: str, layer: LayerConfig, found: Mapping[str, Site]) -> Any:
     return filled(site, layer.structure, shapes(site, plan, caps), False, options)
 
 
-def _check_arrays(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Model and checkpoint have the same arrays, at the same sizes.
-
-    Raises:
-        CheckpointError: They have not.
-    """
-    if missing := [name for name in expected if name not in stored]:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has: is it another model?")
-    if unknown := [name for name in stored if name not in expected]:
-        raise CheckpointError(f"the model lacks {_some(unknown)}, which the checkpoint has: is it another model?")
-    for name, shape in expected.items():
-        if stored[name] != shape:
-            raise CheckpointError(f"{name} is {shape} in the model and {stored[name]} in the checkpoint")
-
-
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
     return array if dtype is None or not jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(dtype)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")

@@ -22,7 +22,7 @@ from structops.jax.init import digits
 from structops.jax.linear import draw, unit_gains
 from structops.jax.linears import Site, equinox_shell, is_site, machine_of, shell, sites, survey
 from structops.jax.weights import Specs, text_of
-from structops.normalise import rms_caps
+from structops.normalise import keeping_gains, rms_caps
 from structops.projection import Moments, bias_shift
 from structops.projection.fit import fit_factors
 from structops.spec import Plan, Structure
@@ -249,12 +249,8 @@ def _projected(site: Site, spec: Structure, inputs: Any, refine: int | None, cap
             shift = bias_shift(one, plan.operator(layers[-1]), inputs.mean)
     factors = _stacked(layers, stack)
     projection = Projection(largest, found.optimality)
-    if caps is None:
-        return _New(factors, None, shift, projection)
-    # What the cap takes from a factor, its gain gives back.
-    sizes = [jnp.sqrt(jnp.mean(jnp.abs(factor) ** 2, axis=(-3, -2, -1))) for factor in factors]
-    gains = [jnp.maximum(size / cap, 1) for size, cap in zip(sizes, caps, strict=True)]
-    return _New(factors, jnp.stack(gains, -1), shift, projection)
+    gains = None if caps is None else keeping_gains(factors, caps).astype(unit_gains(plan, W.dtype).dtype)
+    return _New(factors, gains, shift, projection)
 
 
 def _stacked(layers: Sequence[Sequence[jax.Array]], stack: tuple[int, ...]) -> list[jax.Array]:

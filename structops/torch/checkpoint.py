@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from structops.conversion import CheckpointConfig, Choice, Layer, LayerConfig
-from structops.conversion.config import CONFIG, DIGEST, WEIGHTS
+from structops.conversion.config import CONFIG, DIGEST, WEIGHTS, check_tensors, some
 from structops.conversion.folder import Folder, opened, published, read_config
 from structops.errors import CheckpointError
 from structops.torch.convert import densify, shell, swapped
@@ -293,7 +293,7 @@ def _check_layers(config: CheckpointConfig, modules: Mapping[str, nn.Module]) ->
             linear = [key for key, value in modules.items() if _sizes(value)]
             raise CheckpointError(
                 f"the model has no layer {name!r}, which is {layer.structure} in the checkpoint; its linear layers are "
-                f"{_some(linear)}"
+                f"{some(linear)}"
             )
         sizes = _sizes(module)
         if sizes is None:
@@ -321,18 +321,12 @@ def _check_tensors(
         if id(module) in names:
             expected |= {_join(name, key): array.shape for key, array in names[id(module)].stored().items()}
     if dangling := [f"{name} (for {alias})" for alias, name in config.tied.items() if name not in stored]:
-        raise CheckpointError(f"the weights lack {_some(dangling)}, although {CONFIG} says that they are tied")
+        raise CheckpointError(f"the weights lack {some(dangling)}, although {CONFIG} says that they are tied")
     found = {**stored, **{alias: stored[name] for alias, name in config.tied.items()}}
-    if missing := [key for key in expected if key not in found]:
-        raise CheckpointError(f"the checkpoint lacks {_some(missing)}, which the model has: is it another model?")
-    if unknown := [key for key in found if key not in expected]:
-        raise CheckpointError(f"the model lacks {_some(unknown)}, which the checkpoint has: is it another model?")
-    for key, shape in expected.items():
-        if found[key] != shape:
-            raise CheckpointError(f"{key} is {shape} in the model and {found[key]} in the checkpoint")
+    check_tensors(expected, found)
     if empty := [name for name, buffer in volatile(model) if buffer.is_meta]:
         raise CheckpointError(
-            f"{_some(empty)} on the meta device, and no checkpoint stores them: give load a function that makes the "
+            f"{some(empty)} on the meta device, and no checkpoint stores them: give load a function that makes the "
             f"model, whose parameters then take no memory"
         )
 
@@ -392,7 +386,3 @@ def _fill(model: nn.Module, config: CheckpointConfig, read: Callable[[str], Tens
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", and {len(names) - 5} more" if len(names) > 5 else "")

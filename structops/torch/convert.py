@@ -17,6 +17,7 @@ from structops.conversion import Choice, Projection, choose, row_of
 from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, chosen_of, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named, quiet
 from structops.errors import StructureError
+from structops.normalise import keeping_gains
 from structops.projection.fit import fit_factors
 from structops.torch.layer import StructuredLinear
 from structops.torch.linears import CONV1D, dense_weight, linear_layers, machine_of, survey
@@ -215,11 +216,10 @@ def _project(
     with quiet():
         plan, found, error = fit_factors(W, new.structure, covariance=covariance, refine=refine)
     with torch.no_grad():
-        for k, (parameter, factor) in enumerate(zip(new.factors, found.factors, strict=True)):
+        for parameter, factor in zip(new.factors, found.factors, strict=True):
             parameter.copy_(factor)
-            if new.gains is not None:  # what the cap takes from a factor, its gain gives back
-                rms = factor.abs().square().mean().sqrt()
-                new.gains[k] = torch.clamp(rms / new.caps[k], min=1)
+        if new.gains is not None:
+            new.gains.copy_(keeping_gains(found.factors, new.caps))
     new.projection = Projection(float(error), found.optimality)
     return projection.bias_shift(W, plan.operator(found.factors), inputs.mean) if centred else None
 
