@@ -373,3 +373,15 @@ def test_warnings_come_once_a_conversion():
     assert [str(one.message).partition(" is more")[0] for one in told] == ["layers.0 and 2 more: btt(rank=9): rank 9"]
     with pytest.warns(so.StructureWarning, match="no layer was converted .*has a structure already"):
         structurize(structurize(mlp, "btt(rank=4)", "layers.0").layers[0], "kron")
+
+
+def test_a_bias_that_two_layers_share_takes_no_mean():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(*[nnx.Linear(8, 8, rngs=rngs) for _ in range(3)])
+    net.layers[1].bias = net.layers[0].bias
+    x = jax.random.normal(jax.random.key(0), (50, 8)) + 3
+    moments = so.projection.Moments.zeros(8, x).add(x)
+    small = structurize(net, "low_rank(rank=2)", calibration={f"layers.{k}": moments for k in range(3)})
+    assert small.layers[1].bias is small.layers[0].bias
+    assert not small.layers[0].bias[...].any()
+    assert small.layers[2].bias[...].any()

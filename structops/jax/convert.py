@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def structurize(
             anew by the paper's rule, bias 0.
         calibration: Moments of the inputs of every layer by name, from `structops.jax.calibrate`, or second moments
             \(E[x x^T]\) as arrays.  The projection is then the nearest in \(E\|(W - A) x\|^2\); with `Moments` and a
-            bias in \(E\|(W - A)(x - \mu)\|^2\), and the bias takes \((W - A)\mu\).
+            bias in \(E\|(W - A)(x - \mu)\|^2\), and the bias takes \((W - A)\mu\), unless it is tied to another.
         zero: With ``init="mup"``, layers whose last factor starts at zero: globs, or True for the ends of residual
             branches and the readout, found by the names that common code bases give them (``structops.mup.selection``).
         weight_norm: As for `StructuredLinear`; projected factors keep their size by their gains.
@@ -151,6 +152,8 @@ def structurize(
     chosen = [(c, c.structure, site) for c, site in zip(choices, found, strict=True) if c.structure is not None]
     check_calibration(calibration, [choice for choice, _, _ in chosen])
     zeros = zero_layers([choice for choice, _, _ in chosen], zero)
+    held = Counter(id(site.variable) for site in found if site.variable is not None)
+    tied = {variable for variable, count in held.items() if count > 1}
     nodes, plans, projections = {}, {}, {}
     with quiet():
         for choice, spec, site in chosen:
@@ -165,7 +168,8 @@ def structurize(
                 assert key is not None  # checked above
                 new = _drawn(site, plan, caps, jax.random.fold_in(key, digits(name)), name in zeros)
             else:
-                new = _projected(site, spec, None if calibration is None else calibration[name], refine, caps)
+                inputs = None if calibration is None else calibration[name]
+                new = _projected(site, spec, inputs, refine, caps, id(site.variable) not in tied)
             options = {"zero_init": name in zeros, "weight_norm": weight_norm, "recompute": recompute}
             nodes[name] = filled(site, spec, new, init == "mup", options)
             plans[f"{name}.factors" if name else "factors"] = plan
@@ -233,12 +237,12 @@ def _drawn(site: Site, plan: Plan, caps: Any, key: jax.Array, zero_init: bool) -
     return _New(_stacked(layers, site.stack), gains, None)
 
 
-def _projected(site: Site, spec: Structure, inputs: Any, refine: int | None, caps: Any) -> _New:
+def _projected(site: Site, spec: Structure, inputs: Any, refine: int | None, caps: Any, may_shift: bool = True) -> _New:
     """The projection of every layer of a stack, their factors stacked."""
     W, stack = site.weight(), site.stack
     if stack and inputs is not None:
         raise StructureError(f"calibration: {site.layer.name} is a stack of layers; calibrate them one by one")
-    centred = isinstance(inputs, Moments) and site.bias is not None
+    centred = isinstance(inputs, Moments) and site.bias is not None and may_shift
     covariance = inputs.centred if centred else inputs
     layers, shift, largest = [], None, 0.0
     for one in W.reshape((-1, *W.shape[-2:])):

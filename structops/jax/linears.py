@@ -73,6 +73,11 @@ class Site:
         return shape[: len(shape) - own]
 
     @property
+    def variable(self) -> Any:
+        """The variable of the bias in a module of NNX, which layers may share; None elsewhere."""
+        return getattr(self.node, "bias", None) if isinstance(self.node, nnx.Module) else None
+
+    @property
     def bias(self) -> Any:
         """The array of the bias, or None."""
         if isinstance(self.node, Mapping):
