@@ -324,7 +324,7 @@ def test_styles_by_glob() -> None:
     }
     assert type(tensor_parallel_plan(model, rowwise="head")["head"]) is RowwiseParallel
     for globs, text in (
-        ({"colwise": "norm"}, "'norm' fits no linear layer or embedding of the model; it has up, down, head, odd"),
+        ({"colwise": "norm"}, "colwise: 'norm' fits no linear layer; there are up, down, head, odd"),
         ({"colwise": "up", "rowwise": "*"}, "up is in colwise and in rowwise"),
         ({"colwise": "up", "parts": 3}, "^up: btt: Chain.*has size 4, which 3 processes do not divide; 2, 4 would"),
         ({"rowwise": "odd", "parts": 3}, "^odd: toeplitz is no chain of factors"),

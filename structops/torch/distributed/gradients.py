@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from structops.errors import StructureError
+
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -26,7 +28,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_ty
         The norm before, a plain tensor, the same in every process.
 
     Raises:
-        ValueError: ``max_norm`` is negative.
+        StructureError: ``max_norm`` is negative.
 
     Cost:
         One norm per parameter, one all-reduce per parameter that is a DTensor.
@@ -38,7 +40,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_ty
         (2.0, 0.5)
     """
     if not max_norm >= 0:
-        raise ValueError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm!r}")
+        raise StructureError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm!r}")
     kinds: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from structops.conversion.selection import Pattern, named
 from structops.errors import StructureError
 from structops.normalise import rms_cap
 from structops.shards import ChainShard, Side, shard_chain
@@ -228,8 +228,8 @@ def shard_layer(layer: StructuredLinear, parts: int, side: Side) -> ChainShard:
 def tensor_parallel_plan(
     model: nn.Module,
     *,
-    colwise: str | Sequence[str] = (),
-    rowwise: str | Sequence[str] = (),
+    colwise: Pattern | Sequence[Pattern] = (),
+    rowwise: Pattern | Sequence[Pattern] = (),
     parts: int | None = None,
 ) -> dict[str, ParallelStyle]:
     """The plan for ``parallelize_module`` by globs, with the style that suits each layer.
@@ -238,15 +238,16 @@ def tensor_parallel_plan(
 
     Args:
         model: The model, before it is parallelised; it may be on the meta device.
-        colwise: Globs of full names of layers, such as ``"*.up"``, that are column-parallel.
+        colwise: Globs of full names of layers, such as ``"*.up"``, or compiled regular expressions, that are
+            column-parallel.
         rowwise: The same for row-parallel ones.
         parts: Number of processes, to find out now whether all structured layers can be cut.
 
     Returns:
-        A style for every layer that a glob fits, by its full name.
+        A style for every layer that a pattern fits, by its full name.
 
     Raises:
-        StructureError: A glob fits no layer, a layer is to be both, or, with ``parts``, a layer cannot be cut.
+        StructureError: A pattern fits no layer, a layer is to be both, or, with ``parts``, a layer cannot be cut.
 
     Example:
         >>> model = nn.ModuleDict({"up": StructuredLinear(16, 64, "btt"), "down": nn.Linear(64, 16)})
@@ -260,20 +261,15 @@ def tensor_parallel_plan(
         for name, layer in model.named_modules()
         if isinstance(layer, StructuredLinear | nn.Linear | nn.Embedding)
     }
-    for kind, globs in ((ColwiseStructured, colwise), (RowwiseStructured, rowwise)):
-        for glob in [globs] if isinstance(globs, str) else globs:
-            names = [name for name in leaves if fnmatchcase(name, glob)]
-            if not names:
-                few = ", ".join(list(leaves)[:8]) + (", ..." if len(leaves) > 8 else "")
-                raise StructureError(f"{glob!r} fits no linear layer or embedding of the model; it has {few}")
-            for name in names:
-                layer = leaves[name]
-                structured = isinstance(layer, StructuredLinear)
-                style = kind() if structured else kind.for_dense()
-                if type(styles.setdefault(name, style)) is not type(style):
-                    raise StructureError(f"{name} is in colwise and in rowwise; a layer is one of them")
-                if parts is not None and isinstance(layer, StructuredLinear):
-                    _named(name, layer, parts, kind.side)
+    for what, kind, globs in (("colwise", ColwiseStructured, colwise), ("rowwise", RowwiseStructured, rowwise)):
+        for name in named(what, globs, leaves) if globs else ():
+            layer = leaves[name]
+            structured = isinstance(layer, StructuredLinear)
+            style = kind() if structured else kind.for_dense()
+            if type(styles.setdefault(name, style)) is not type(style):
+                raise StructureError(f"{name} is in colwise and in rowwise; a layer is one of them")
+            if parts is not None and isinstance(layer, StructuredLinear):
+                _named(name, layer, parts, kind.side)
     return styles
 
 
