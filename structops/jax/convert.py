@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from structops._progress import track
 from structops.conversion import Projection, choose, row_of
 from structops.conversion.options import Covariances, Init, Zero, check_calibration, check_init, chosen_of, zero_layers
 from structops.conversion.selection import Names, Select, Spec, named, quiet
@@ -70,6 +71,7 @@ def structurize(
     dry_run: bool = False,
     report: bool = False,
     tokens: int = 2048,
+    progress: bool | None = None,
 ) -> Any:
     r"""A model whose linear layers have a structure.
 
@@ -108,6 +110,7 @@ def structurize(
         dry_run: Whether to return the table of what would be done instead of doing it.
         report: Whether to return the table of what was done, too, with the errors of projection.
         tokens: Vectors at once for which the table predicts times.
+        progress: Whether to show a bar; by default in terminals and notebooks.
 
     Returns:
         The model; of a plain tree a `Structured`; with ``dry_run`` a `structops.conversion.Conversion`; with ``report``
@@ -156,7 +159,7 @@ def structurize(
     tied = {variable for variable, count in held.items() if count > 1}
     nodes, plans, projections = {}, {}, {}
     with quiet():
-        for choice, spec, site in chosen:
+        for choice, spec, site in track(chosen, "projecting" if init == "project" else "structuring", shown=progress):
             name = choice.layer.name
             plan = spec.plan(choice.layer.in_features, choice.layer.out_features)
             if isinstance(site.node, Mapping) and (weight_norm or recompute):
