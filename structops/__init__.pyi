@@ -13,6 +13,7 @@ from .chain import Factor as Factor
 from .contract import contract as contract
 from .errors import BackendError as BackendError
 from .errors import CheckpointError as CheckpointError
+from .errors import DataError as DataError
 from .errors import DensifyWarning as DensifyWarning
 from .errors import EntryError as EntryError
 from .errors import GradientError as GradientError
@@ -39,6 +40,7 @@ from .operators import Toeplitz as Toeplitz
 from .operators import Zero as Zero
 from .operators.kron import kron as kron
 from .projection import project as project
+from .routed import Routed as Routed
 from .sampling import random as random
 from .spec import Structure as Structure
 from .spec import structure as structure

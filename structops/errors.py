@@ -30,6 +30,10 @@ class CheckpointError(ValueError):
     """A folder that holds no checkpoint, a broken one, or that of another model."""
 
 
+class DataError(ValueError):
+    """Data of a study that are missing, unknown or broken; the message names the file and what was expected there."""
+
+
 class GradientError(NotImplementedError):
     """The gradient of an algorithm that has none; the message names those that have."""
 
