@@ -123,7 +123,7 @@ def tabular(name: str) -> Callable[[], Task]:
             classes = int(y.max()) + 1
             return Task(name, "classification", first, second, x.shape[1:], num_classes=classes, facts=facts)
         middle, spread = y[train].mean(), y[train].std()
-        target = ((y - middle) / spread).astype(np.float32)[:, None]
+        target = ((y - middle) / spread).astype(np.float32)
         first, second = (Arrays(x[part], target[part]) for part in (train, test))
         # The unit of the target: an error of 1 is this many points of the progression of the disease.
         return Task(name, "regression", first, second, x.shape[1:], facts={**facts, "target_std": float(spread)})

@@ -63,7 +63,7 @@ class Arrays(Examples):
 
     Attributes:
         x: Inputs, shape (examples, ...).  Bytes are kept as bytes until a batch is read.
-        y: Labels, int64 of shape (examples,), or targets, float32 of shape (examples, 1).
+        y: Labels, int64 of shape (examples,), or targets, float32 of shape (examples,).
         mean: What to subtract from the inputs of a batch; broadcasts against one example.
         std: What to divide by then.
     """
@@ -152,7 +152,7 @@ class Task:
 
         Returns:
             Inputs, float32 of shape (b, *input_shape) or for text int64 (b, context); and targets, int64 labels (b,),
-            or float32 class probabilities (b, num_classes) if MixUp or label smoothing is on, float32 (b, 1) for
+            or float32 class probabilities (b, num_classes) if MixUp or label smoothing is on, float32 (b,) for
             regression, or int64 (b, context) for text.
 
         Raises:
