@@ -166,7 +166,12 @@ def structure(spec: str | Structure | Mapping[str, Any], /, **arguments: Any) ->
         given = dict(spec)
         name = str(given.pop("name", None))
     else:
-        name, given = _parse(spec)
+        if str(spec).partition("(")[0].strip() == "routed":
+            raise StructureError(
+                f"{spec} is no matrix, because each vector chooses the experts that it meets; it is a layer: "
+                f"structops.torch.RoutedLinear or structops.jax.RoutedLinear"
+            )
+        name, given = parse(spec)
     known = registry()
     if name not in known:
         close = difflib.get_close_matches(name.lower(), known, n=1)
@@ -195,7 +200,16 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _parse(text: str) -> tuple[str, dict[str, Any]]:
+def parse(text: str, nested: str = "") -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a text such as ``btt(rank=2, blocks=8)``.
+
+    Args:
+        text: A name, or a call of literals.
+        nested: The argument that is a structure itself, and is returned as text.
+
+    Raises:
+        StructureError: The text is something else.
+    """
     problem = StructureError(f"expected a structure such as 'btt' or 'btt(rank=2, blocks=8)', got {text!r}")
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -203,7 +217,12 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             return node.id, {}
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise problem
-        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+        given = {
+            str(keyword.arg): ast.unparse(keyword.value)
+            if keyword.arg == nested and isinstance(keyword.value, ast.Name | ast.Call)
+            else ast.literal_eval(keyword.value)
+            for keyword in node.keywords
+        }
         if len(given) < len(node.keywords):
             raise problem
         return node.func.id, given

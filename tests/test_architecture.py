@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports run from a later line to an earlier one, or stay inside a package.
 LAYERS = (
     {"errors"},
-    {"pattern", "modes", "power_law", "_array", "_files", "_plum"},
+    {"pattern", "modes", "power_law", "einsum_family", "_array", "_files", "_plum"},
     {"program"},
     {"chain"},
     {"contract", "_implicit", "merging", "shards"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"algebra"},
     {"operators"},
     {"projection", "mup"},
-    {"sampling", "normalise", "_progress"},
+    {"sampling", "normalise", "routed", "_progress"},
     {"conversion"},
     {"torch", "jax"},
     {"report"},

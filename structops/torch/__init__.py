@@ -27,6 +27,8 @@ from structops.torch.muon import Muon as Muon
 from structops.torch.probe import Probe as Probe
 from structops.torch.probe import lint as lint
 from structops.torch.probe import probe as probe
+from structops.torch.routed import RoutedLinear as RoutedLinear
+from structops.torch.routed import router_loss as router_loss
 from structops.torch.schedule import guard as guard
 from structops.torch.sequential import compress as compress
 from structops.torch.weights import plan as plan

@@ -165,7 +165,10 @@ def held(layer: nn.Module) -> str | None:
 
 
 def _of_layer(name: str, layer: nn.Module) -> Iterator[tuple[Weight, nn.Parameter]]:
-    """The parameters that a layer owns itself.
+    """The parameters that a layer owns itself, or those that it announces.
+
+    A layer whose parameters say too little by their shapes has ``weight_sizes``: of each a `Weight`, by its name in the
+    layer.
 
     Raises:
         StructureError: One has no size yet.
@@ -178,7 +181,16 @@ def _of_layer(name: str, layer: nn.Module) -> Iterator[tuple[Weight, nn.Paramete
             zero = layer.zero_init and k == len(factors) - 1
             sizes = (layer.in_features, layer.out_features, k, len(factors), str(layer.structure), zero)
             yield Weight(f"{prefix}factors.{k}", name, matrix, factor, *sizes), parameter
+    announced: Mapping[str, Weight] = getattr(layer, "weight_sizes", None) or {}
+    for key, weight in announced.items():
+        owner, _, last = key.rpartition(".")
+        parameter = getattr(layer.get_submodule(owner), last)
+        if parameter is not None:
+            role = matrix if weight.role == "hidden" else weight.role
+            yield replace(weight, name=prefix + key, layer=name, role=role), parameter
     for key, parameter in layer.named_parameters(recurse=False):
+        if key in announced:
+            continue
         if nn.parameter.is_lazy(parameter):
             raise StructureError(f"{prefix}{key} has no size before the first forward; run one batch, then plan")
         yield _of_parameter(name, key, layer, parameter, matrix), parameter
