@@ -10,15 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fit:
-    """A power of n by least squares in the logarithms.
+    """``coefficient * n**exponent`` by least squares in the logarithms.
 
     Attributes:
         exponent: The power.
         error: Its standard error; infinite for two points.
+        coefficient: The value at n = 1.
     """
 
     exponent: float
     error: float
+    coefficient: float
+
+    def __call__(self, size: float) -> float:
+        """The value of the fitted power at a size."""
+        return self.coefficient * size**self.exponent
 
 
 def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit:
@@ -37,4 +43,5 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit:
     slope, intercept = statistics.linear_regression(x, y)
     spread = sum((a - statistics.fmean(x)) ** 2 for a in x)
     rest = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return Fit(slope, math.sqrt(rest / (len(x) - 2) / spread) if len(x) > 2 else math.inf)
+    error = math.sqrt(rest / (len(x) - 2) / spread) if len(x) > 2 else math.inf
+    return Fit(slope, error, math.exp(intercept))

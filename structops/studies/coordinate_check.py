@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +19,7 @@ from structops.errors import StructureError
 from structops.mup import Rule
 from structops.report import machine, table, write_figure, write_json
 from structops.studies.data import digits
+from structops.studies.lab.pool import run_all
 from structops.studies.network import RATES, RULES, build, optimizers
 from structops.torch import plan
 from structops.torch.coord_check import measure
@@ -190,7 +187,7 @@ def coordinate_check(
         write_json(out / "coordinate-check.json", _data(checked, len(todo), settings, seconds))
 
     try:
-        for one in _check_all(todo, settings, console, os.cpu_count() or 1 if workers is None else workers):
+        for one in _check_all(todo, settings, console, workers):
             checked.append(one)
             checked.sort(key=lambda one: todo.index(one.variant))
             save()
@@ -202,38 +199,26 @@ def coordinate_check(
     return checked
 
 
-def _check_all(todo: Sequence[Variant], settings: Settings, console: Console, workers: int) -> Iterator[Checked]:
+def _check_all(todo: Sequence[Variant], settings: Settings, console: Console, workers: int | None) -> Iterator[Checked]:
     """The variants as their last network ends."""
     jobs = [Job(variant, width, settings) for variant in todo for width in settings.widths]
     # Dense networks take longest and go first; a variant's widths together, so that an interrupt keeps most variants.
     jobs.sort(key=lambda job: (job.variant.structure != "dense", todo.index(job.variant), -job.width))
     finished: dict[Variant, list[Done]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("training", total=len(jobs))
-        for done in _run(jobs, workers):
-            variant = done.job.variant
-            progress.update(task, advance=1, description=f"{variant.structure}, {variant.optimizer}, {done.job.width}")
-            finished.setdefault(variant, []).append(done)
-            if len(finished[variant]) == len(settings.widths):
-                parts = sorted(finished[variant], key=lambda part: part.job.width)
-                records = tuple(record for part in parts for record in part.records)
-                forecasts = tuple(forecast for part in parts for forecast in part.forecasts)
-                yield Checked(variant, CoordReport(records, forecasts, settings.steps))
-
-
-def _run(jobs: Sequence[Job], workers: int) -> Iterator[Done]:
-    if not workers:
-        yield from map(run_job, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=prepare_worker) as pool:
-        yield from pool.imap_unordered(run_job, jobs)
-
-
-def prepare_worker() -> None:
-    """One thread a process; an interrupt is for the parent, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    ended = run_all(
+        run_job,
+        jobs,
+        console=console,
+        describe=lambda job: f"{job.variant.structure}, {job.variant.optimizer}, {job.width}",
+        workers=workers,
+    )
+    for job, done in ended:
+        finished.setdefault(job.variant, []).append(done)
+        if len(finished[job.variant]) == len(settings.widths):
+            parts = sorted(finished[job.variant], key=lambda part: part.job.width)
+            records = tuple(record for part in parts for record in part.records)
+            forecasts = tuple(forecast for part in parts for forecast in part.forecasts)
+            yield Checked(job.variant, CoordReport(records, forecasts, settings.steps))
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from structops.report import machine, table, write_figure, write_json
 from structops.studies.data import digits
+from structops.studies.lab.pool import run_all
 from structops.studies.mlp import MLP, width_for
 from structops.studies.products import ProductRow, product_rows
 from structops.studies.training import Recipe, Result
@@ -173,29 +170,12 @@ def demo(
 
 def _run_all(todo: Sequence[Job], console: Console) -> Iterator[Run]:
     """The jobs as they end, a process a core, each with one thread: faster than one job on all cores."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("training", total=len(todo))
-        for run in _in_processes(todo, os.cpu_count() or 1):
-            progress.update(task, advance=1, description=f"{run.job.label}, width {run.job.sizes.width}")
-            yield run
-
-
-def _in_processes(todo: Sequence[Job], workers: int) -> Iterator[Run]:
     longest_first = sorted(todo, key=lambda job: -job.budget)  # so that no core idles at the end
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=_prepare_worker) as pool:
-        yield from pool.imap_unordered(run_job, longest_first)
-
-
-def _prepare_worker() -> None:
-    """One thread in either library; an interrupt is for the parent, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.set_num_threads(1)
+    ended = run_all(
+        run_job, longest_first, console=console, describe=lambda job: f"{job.label}, width {job.sizes.width}"
+    )
+    for _, run in ended:
+        yield run
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

@@ -7,24 +7,22 @@ factors.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.nn import functional
 
 from structops.errors import StructureError
 from structops.report import machine, table, write_figure, write_json
 from structops.spec import structure
-from structops.studies.coordinate_check import prepare_worker
 from structops.studies.data import digits
+from structops.studies.lab.pool import run_all
+from structops.studies.lab.store import locked
 from structops.studies.lr_sweep import Point, SweepReport, append, load
 from structops.studies.network import RULES, build, optimizers
 from structops.studies.training import Recipe, epochs
@@ -70,9 +68,9 @@ class Job:
     seed: int
 
 
-def run_job(job: Job) -> tuple[Job, Point]:
+def run_job(job: Job) -> Point:
     """Train one network in this process."""
-    return job, Point(job.width, job.lr, job.seed, train(job), job.landscape.label)
+    return Point(job.width, job.lr, job.seed, train(job), job.landscape.label)
 
 
 def train(job: Job) -> float:
@@ -144,14 +142,18 @@ def lr_landscape(
     jobs = [Job(what, width, lr, seed) for what in landscapes for width in widths for lr in lrs for seed in seeds]
     todo = [job for job in jobs if (job.landscape.label, job.width, job.lr, job.seed) not in found]
     start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("training", total=len(jobs), completed=len(jobs) - len(todo))
-        for job, point in _run(todo, os.cpu_count() or 1 if workers is None else workers):
+    with locked(out):
+        ended = run_all(
+            run_job,
+            todo,
+            console=console,
+            describe=lambda job: f"{job.landscape.structure}, {job.landscape.rule}, width {job.width}",
+            workers=workers,
+            done=len(jobs) - len(todo),
+        )
+        for _, point in ended:
             append(file, point)
             found[point.label, point.width, point.lr, point.seed] = point
-            what = job.landscape
-            progress.update(task, advance=1, description=f"{what.structure}, {what.rule}, width {job.width}")
     reports = {
         what: SweepReport(tuple(found[what.label, width, lr, seed] for width in widths for lr in lrs for seed in seeds))
         for what in landscapes
@@ -163,14 +165,6 @@ def lr_landscape(
     seconds = time.perf_counter() - start
     console.print(f"{len(todo)} of {len(jobs)} trainings were new, {seconds:.0f} s; in {out}")
     return reports
-
-
-def _run(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Point]]:
-    if not workers or not jobs:
-        yield from map(run_job, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, initializer=prepare_worker) as pool:
-        yield from pool.imap_unordered(run_job, jobs)
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

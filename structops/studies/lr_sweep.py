@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from structops.errors import StructureError
 from structops.report import write_figure
+from structops.studies.lab.store import append_line, read_lines
 
 TOLERANCE = 0.25  # octaves a doubling of width
 BASIN = 1.1  # losses up to this multiple of the lowest count as good
@@ -233,30 +232,16 @@ def load(path: str | Path) -> Iterator[Point]:
     Raises:
         StructureError: Another line is no result.
     """
-    file = Path(path)
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = text.split("\n")[:-1]  # without its end a line is not whole
-    for number, line in enumerate(lines, 1):
+    for number, row in read_lines(path):
         try:
-            row = json.loads(line)
             yield Point(**{**row, "loss": math.nan if row["loss"] is None else row["loss"]})
-        except (KeyError, TypeError, ValueError) as error:
-            raise StructureError(f"{file}, line {number}: not a result of a sweep: {line[:80]!r}") from error
+        except (KeyError, TypeError) as error:
+            raise StructureError(f"{path}, line {number}: not a result of a sweep: {str(row)[:80]}") from error
 
 
 def append(path: str | Path, point: Point) -> None:
     """Add a result to a file of JSON lines, on disk before this returns."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({**asdict(point), "loss": _none(point.loss)}) + "\n"
-    with open(file, "a+b") as stream:
-        # The rest of a line that was cut off goes first.
-        stream.seek(0)
-        whole = stream.read().rfind(b"\n") + 1
-        stream.truncate(whole)
-        stream.write(line.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_line(path, asdict(point))
 
 
 def _none(value: float) -> float | None:

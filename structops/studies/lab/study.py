@@ -1,0 +1,186 @@
+"""A study: settings that name trainings, and a report that is made of their results."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from rich.console import Console
+
+from structops.report import machine, write_json, write_text
+from structops.studies.lab import figures, ranks
+from structops.studies.lab.config import option, write_config
+from structops.studies.lab.pool import run_all
+from structops.studies.lab.store import Store, locked
+from structops.studies.lab.tables import Table
+
+Result = dict[str, Any]
+Results = Mapping[Any, Result]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a study is run, which changes no result.
+
+    Attributes:
+        out: Folder of everything that it leaves.
+        workers: Processes; 0 for one a core.
+        executor: One of `pool.EXECUTORS`.
+        only_report: Whether nothing is trained, and the report is of the results that are there.
+    """
+
+    out: Annotated[Path, option(help="Folder of results; with the same folder a study goes on where it was.")] = Path(
+        "structops-study"
+    )
+    workers: Annotated[int, option(min=0, help="Trainings at once, each with a thread; 0 for one a core.")] = 0
+    executor: Annotated[str, option(help="local, or ray for a cluster that Ray manages.")] = "local"
+    only_report: Annotated[bool, option("--only-report", help="Train nothing; report what is there.")] = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper found, and whether it is seen here.
+
+    Attributes:
+        claim: In words.
+        source: Where the paper says so.
+        here: The numbers of this study.
+        appears: Whether they agree; None where they cannot tell.
+    """
+
+    claim: str
+    source: str
+    here: str
+    appears: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study says.
+
+    Attributes:
+        tables: By the name of their files.
+        figures: Matplotlib figures by the name of their files.
+        findings: Of the paper.
+    """
+
+    tables: dict[str, Table] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
+
+    @property
+    def finding_table(self) -> Table:
+        """The findings as a table."""
+        answers = {True: "yes", False: "no", None: "cannot be told"}
+        rows = tuple((one.claim, one.source, one.here, answers[one.appears]) for one in self.findings)
+        return Table("The paper's findings", ("finding", "source", "here", "appears"), rows)
+
+
+class Study(ABC):
+    """Settings of a study, a frozen dataclass with an `option` for every field."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def runs(self) -> Sequence[Any]:
+        """The trainings, each a frozen dataclass; those that are equal are done once."""
+
+    @abstractmethod
+    def report(self, results: Results) -> Report:
+        """Tables, figures and findings of the trainings that ended."""
+
+
+def conduct(
+    study: Study,
+    execution: Execution,
+    train: Callable[[Any], Result],
+    *,
+    console: Console,
+    describe: Callable[[Any], str],
+    forget: Callable[[Any, Path], None] = lambda run, folder: None,
+    prepare: Callable[[Any, Path], Any] = lambda run, folder: (run, folder),
+) -> Report:
+    """Run what is not there yet, and write the report.
+
+    Every result is on disk as soon as it is there, and trainings keep checkpoints, so that a study may be ended in any
+    way, also by ``kill -9``, and started again.
+
+    Args:
+        study: What to do.
+        execution: How.
+        train: From what ``prepare`` gives to a result; of a module, so that another process finds it.
+        console: Where tables and the progress go.
+        describe: A few words on a run.
+        forget: Called once a result is on disk: its checkpoint can go.
+        prepare: What ``train`` gets for a run and the folder.
+    """
+    out, start = execution.out, time.perf_counter()
+    runs = list(dict.fromkeys(study.runs()))
+    with ranks.joined() as group, locked(out) if group.leads else nullcontext():
+        store = Store(out)
+        todo = group.share([run for run in runs if store.get(run) is None])
+        if group.leads:
+            write_config(study, out / "config.yaml")
+        if not execution.only_report:
+            jobs = {prepare(run, out): run for run in todo}
+            ended = run_all(
+                train,
+                list(jobs),
+                console=console if group.leads else Console(quiet=True),
+                describe=lambda job: describe(jobs[job]),
+                # Under torchrun all processes work on one training after the other.
+                workers=0 if group.size > 1 else execution.workers or None,
+                executor=execution.executor,
+                done=len(runs) - len(todo),
+            )
+            for job, result in ended:
+                if group.leads:
+                    store.add(jobs[job], result)
+                    forget(jobs[job], out)
+        if not group.leads:
+            return Report()
+        results = {run: found for run in runs if (found := store.get(run)) is not None}
+        seconds = time.perf_counter() - start
+        console.print(f"{len(results)} of {len(runs)} trainings are there, {len(todo)} were not; {seconds:.0f} s")
+        report = study.report(results)
+        write(report, study, results, out)
+    for table in report.tables.values():
+        console.print(table.to_rich())
+    if report.findings:
+        console.print(report.finding_table.to_rich())
+    console.print(f"tables, figures and report.md are in {out}")
+    return report
+
+
+def write(report: Report, study: Study, results: Results, out: Path) -> None:
+    """Write tables as CSV and Markdown, figures as SVG and PNG, and a page that shows all of them."""
+    tables = {**report.tables, **({"findings": report.finding_table} if report.findings else {})}
+    for name, table in tables.items():
+        write_text(out / f"{name}.csv", table.to_csv())
+        write_text(out / f"{name}.md", table.to_markdown())
+    for name, figure in report.figures.items():
+        figures.write(figure, out / name)
+    trained = sum(result.get("seconds", 0.0) for result in results.values())
+    facts = {
+        "command": shlex.join(["structops", *sys.argv[1:]]),
+        "trainings": len(results),
+        "seconds of training": round(trained),
+        "cores": os.cpu_count(),
+        "machine": machine(),
+    }
+    write_json(out / "facts.json", facts)
+    lines = [f"# {study.title}", ""]
+    lines += [f"`{facts['command']}` (all settings: `config.yaml`)", ""]
+    lines += [f"{len(results)} trainings, {trained:.0f} seconds of training in all.", ""]
+    lines += [f"![{name}]({name}.svg)\n" for name in report.figures]
+    lines += [f"## {table.title}\n\n{table.to_markdown()}" for table in tables.values()]
+    write_text(out / "report.md", "\n".join(lines))

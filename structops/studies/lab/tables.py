@@ -1,0 +1,65 @@
+"""A table once, for the terminal, for a spreadsheet and for a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from structops import report
+
+Cell = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers and texts.
+
+    Attributes:
+        title: Above it.
+        columns: Names of the columns.
+        rows: A cell a column; None is a number that does not exist.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def to_csv(self) -> str:
+        """Comma-separated values in full precision, with a line of names."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """A table of Markdown with rounded numbers."""
+        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *map(shown, self.rows)]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+    def to_rich(self) -> RichTable:
+        """A table of the terminal with rounded numbers."""
+        return report.table(self.title, self.columns, [shown(row) for row in self.rows])
+
+
+def shown(row: Sequence[Cell]) -> list[str]:
+    """Cells as texts: three significant digits, thousands with commas, a dash where nothing is."""
+    return [_text(cell) for cell in row]
+
+
+def _text(cell: Any) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if 1000 <= abs(cell) < 1e7 else f"{cell:.3g}"
+    return str(cell)
