@@ -187,6 +187,7 @@ class Pieces:
 def language(
     name: str,
     text: str,
+    test_text: str = "",
     *,
     tokens: str = "char",
     context: int = 128,
@@ -199,6 +200,7 @@ def language(
     Args:
         name: Of the task.
         text: All of it.
+        test_text: A test of its own; then ``text`` is all for training.
         tokens: ``char``, ``bpe``, both made from the training part, or the path of a ``tokenizer.json``.
         context: Tokens of a window.
         vocab_size: Of ``bpe``.
@@ -213,37 +215,36 @@ def language(
         raise DataError(f"expected 0 < test_fraction < 1, got {test_fraction}")
     if save_tokenizer and tokens != "bpe":
         raise DataError(f"save_tokenizer is for tokens='bpe', got tokens={tokens!r}")
-    border = len(text) - round(len(text) * test_fraction)
-    parts = {"training text": text[:border], "test text": text[border:]}
-    if not all(parts.values()):
-        raise DataError(f"{name}: {len(text)} characters cannot be divided into a training text and a test text")
+    if not test_text:
+        border = len(text) - round(len(text) * test_fraction)
+        text, test_text = text[:border], text[border:]
+    if not text or not test_text:
+        raise DataError(f"{name}: {len(text) + len(test_text)} characters are too few for a training and a test text")
     tokenizer: Tokens
     if tokens == "char":
-        tokenizer = Characters.of(text[:border])
+        tokenizer = Characters.of(text)
     elif tokens == "bpe":
-        tokenizer = Pieces.trained(text[:border], vocab_size)
+        tokenizer = Pieces.trained(text, vocab_size)
         if save_tokenizer:
             with replacing(save_tokenizer) as file:
                 file.write(tokenizer.definition.encode())
     elif tokens.endswith(".json"):
-        tokenizer = Pieces.read(Path(tokens))
+        tokenizer = Pieces.read(Path(tokens).expanduser())
     else:
         raise DataError(f"expected tokens='char', 'bpe' or the path of a tokenizer.json, got {tokens!r}")
-    train, test = (
-        Windows(tokenizer.encode(part), context, tokenizer.vocab_size, f"{name}, {what}")
-        for what, part in parts.items()
-    )
+    size = tokenizer.vocab_size
+    train = Windows(tokenizer.encode(text), context, size, f"{name}, training text")
+    test = Windows(tokenizer.encode(test_text), context, size, f"{name}, test text")
     facts: dict[str, Any] = {
-        "characters": len(text),
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "characters": len(text) + len(test_text),
+        "sha256": hashlib.sha256((text + test_text).encode()).hexdigest(),
         "tokens": tokens,
+        "train_tokens": len(train.tokens),
+        "test_tokens": len(test.tokens),
     }
-    facts |= {"train_tokens": len(train.tokens), "test_tokens": len(test.tokens)}
     if tokens == "char":
         facts["unknown_test_tokens"] = int((test.tokens == UNKNOWN).sum())
-    return Task(
-        name, "language", train, test, (context,), vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, facts=facts
-    )
+    return Task(name, "language", train, test, (context,), vocab_size=size, tokenizer=tokenizer, facts=facts)
 
 
 def read_text(path: Path) -> str:
