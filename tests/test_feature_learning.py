@@ -6,8 +6,8 @@ The protocol of Figure 2a of arXiv 2406.06248 on synthetic data (ten Gaussian cl
 from __future__ import annotations
 
 import math
-import warnings
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 import structops as so  # noqa: E402
-from structops.studies.network import Block  # noqa: E402
+from structops.studies.models import ResidualMLP  # noqa: E402
 from structops.torch import StructuredLinear, param_groups  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -26,31 +26,15 @@ STRUCTURES = ("dense", "btt", "kron", "monarch(blocks=16)", "low_rank")
 WIDTHS = (16, 64, 256)
 
 
-class Network(nn.Module):
-    def __init__(self, structure: str, width: int) -> None:
-        super().__init__()
-        self.embed = StructuredLinear(PIXELS, width, "dense", bias=False)
-        self.blocks = nn.ModuleList(Block(structure, width, 4) for _ in range(2))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.head = StructuredLinear(width, 10, "dense", bias=False, zero_init=True)
-
-    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The input of the first block, and what every block adds."""
-        features = [functional.gelu(self.embed(x))]
-        for block in self.blocks:
-            state = torch.stack(features).sum(0)
-            features.append(block(state) - state)
-        return features
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.norm(torch.stack(self.features(x)).sum(0)))
-        return out
+def network(structure: str, width: int) -> nn.Module:
+    return ResidualMLP(
+        structure, width, 2, where="hidden", in_features=PIXELS, bias=False, norm_bias=False, final_norm=True
+    ).build()
 
 
-def network(structure: str, width: int) -> Network:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", so.StructureWarning)
-        return Network(structure, width)
+def features(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What every block adds."""
+    return [after - before for before, after in pairwise(model.features(x))]
 
 
 @cache
@@ -76,7 +60,7 @@ def change(structure: str, width: int, aware: bool = True) -> float:
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     moved = []
     with torch.no_grad():
-        before = model.features(fixed)
+        before = features(model, fixed)
     for _ in range(STEPS):
         x, labels = batch()
         loss = functional.cross_entropy(model(x), labels, label_smoothing=0.3)
@@ -84,8 +68,8 @@ def change(structure: str, width: int, aware: bool = True) -> float:
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            after = model.features(fixed)
-        moved += [float((b - a).square().mean().sqrt()) for a, b in zip(before[1:], after[1:], strict=True)]
+            after = features(model, fixed)
+        moved += [float((b - a).square().mean().sqrt()) for a, b in zip(before, after, strict=True)]
         before = after
     return sum(moved) / len(moved)
 

@@ -33,8 +33,10 @@ class JaxMLP(nnx.Module):
 
     def __init__(self, sizes: MLP, rngs: nnx.Rngs) -> None:
         layers = {
-            name: StructuredLinear(n, m, spec, zero_init=sizes.starts_at_zero(name), rngs=rngs)
-            for name, spec, n, m in sizes.layers()
+            layer.name: StructuredLinear(
+                layer.in_features, layer.out_features, layer.structure, zero_init=layer.zero_init, rngs=rngs
+            )
+            for layer in sizes.layers()
         }
         self.embed, self.head = layers["embed"], layers["head"]
         self.blocks = nnx.List(
@@ -54,7 +56,7 @@ def train(sizes: MLP, recipe: Recipe, data: Split, seeds: Sequence[int]) -> list
     """Train a network from every seed, all at once: compiled once, and mapped over the seeds."""
     model, base = (
         nnx.eval_shape(lambda shape=shape: JaxMLP(shape, nnx.Rngs(0)))  # type: ignore[misc]
-        for shape in (sizes, MLP("dense", recipe.base_width, sizes.depth))
+        for shape in (sizes, sizes.base(recipe.base_width))
     )
     graph = nnx.graphdef(model)
     scaling = scale_by_mup(model, base=base, structure_aware=recipe.structure_aware)

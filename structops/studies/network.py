@@ -6,21 +6,18 @@ whose ``down`` starts at zero, and a dense head that starts at zero; no biases.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from structops.errors import StructureWarning
 from structops.mup import Rule
-from structops.studies.mlp import CLASSES, PIXELS
-from structops.torch import Muon, StructuredLinear, param_groups, plan, split
+from structops.studies.mlp import MLP
+from structops.studies.models.mlp import INPUT_RATE, ResidualMLP
+from structops.torch import Muon, param_groups, plan, split
 
 BASE = 64
-INPUT_RATE = 0.1  # of the input layer relative to its rule, as in the paper, so that it does not hide the others
 
 # Learning rate of the dense network of width 64; that of Adam also beside Muon.  SGD from a head of zeros is a race
 # between blocks, which at 0.3 amplifies chance differences of the start; at 0.1 and below slopes do not depend on it.
@@ -34,52 +31,14 @@ RULES: dict[str, Callable[[str], Rule]] = {
 }
 
 
-class Block(nn.Module):
-    """``h + down(gelu(up(norm(h))))``."""
-
-    def __init__(self, structure: str, width: int, expansion: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.up = StructuredLinear(width, expansion * width, structure, bias=False)
-        self.down = StructuredLinear(expansion * width, width, structure, bias=False, zero_init=True)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Shape (..., width) to the same."""
-        out: Tensor = h + self.down(functional.gelu(self.up(self.norm(h))))
-        return out
+def network(structure: str, width: int, expansion: int = 4) -> ResidualMLP:
+    """The residual MLP for digits whose hidden layers have a structure; input layer and head are dense."""
+    return MLP(structure, width, expansion=expansion, where="hidden", bias=False, norm_bias=False)
 
 
-class Network(nn.Module):
-    """Residual MLP for digits with structured hidden layers; input layer and head are dense.
-
-    Args:
-        structure: Of the hidden layers.
-        width: Of the residual stream.
-        expansion: Width inside a block, relative to ``width``.
-        depth: Number of blocks.
-    """
-
-    def __init__(self, structure: str, width: int, expansion: int = 4, depth: int = 2) -> None:
-        super().__init__()
-        self.embed = StructuredLinear(PIXELS, width, "dense", bias=False)
-        self.blocks = nn.ModuleList(Block(structure, width, expansion) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.head = StructuredLinear(width, CLASSES, "dense", bias=False, zero_init=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pixels (..., 64) to logits (..., 10)."""
-        h = self.embed(x)
-        for block in self.blocks:
-            h = block(h)
-        out: Tensor = self.head(self.norm(h))
-        return out
-
-
-def build(structure: str, width: int, expansion: int) -> Network:
-    """The network, without the warning that a size does not suit a structure."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", StructureWarning)
-        return Network(structure, width, expansion)
+def build(structure: str, width: int, expansion: int) -> nn.Module:
+    """The torch module of `network`."""
+    return network(structure, width, expansion).build()
 
 
 def optimizers(
@@ -88,7 +47,7 @@ def optimizers(
     """The optimisers of a network, with rates relative to the dense network of width 64.
 
     Args:
-        model: A `Network`.
+        model: The module of a `network`.
         rule: What makes rates of factors of it.
         rate: Learning rate of the dense network of width 64.
         expansion: That of the network.

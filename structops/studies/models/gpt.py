@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from structops.studies.models.sizes import LayerSize
@@ -34,6 +34,7 @@ class GPT(Transformer):
     """
 
     depth: int = 12
+    _: KW_ONLY
     where: str = "all"
     bias: bool = False
     norm_bias: bool = False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INPUT_RATE = 0.1  # learning rate of the input layer relative to its rule (paper, section 4), so that others show
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResidualMLP(Model):
     """``embed``, GELU, then ``depth`` blocks ``h + down(gelu(up(norm(h))))``, then ``head`` (paper, section 4).
 

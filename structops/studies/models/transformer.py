@@ -10,7 +10,7 @@ from structops.errors import StructureError
 from structops.studies.models.sizes import LayerSize, Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Transformer(Model):
     """Blocks ``h + o(attention(q, k, v))`` and ``h + down(gelu(up(norm(h))))``, each with a norm before it.
 

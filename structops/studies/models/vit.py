@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ViT(Transformer):
     """Square patches with a norm before and after the input layer, a class token, learned positions, a final norm.
 
