@@ -270,7 +270,9 @@ def test_noise_has_the_deviation_and_is_fresh():
     bare, task = load("digits"), load("digits", augment=Augment(noise=0.5))
     noise = [task.batch(k, 1000, 0)[0] - bare.batch(k, 1000, 0)[0] for k in range(2)]
     assert all(abs(part.std() - 0.5) < 0.01 and abs(part.mean()) < 0.01 for part in noise)
-    assert not np.array_equal(*noise)
+    noise.append(task.batch(0, 1000, 1)[0] - bare.batch(0, 1000, 1)[0])
+    assert len({part.tobytes() for part in noise}) == 3
+    assert abs(np.corrcoef([part.ravel() for part in noise]) - np.eye(3)).max() < 0.02
     assert task.batch(0, 10, 0)[0].dtype == np.float32
 
 

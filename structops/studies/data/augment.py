@@ -212,11 +212,8 @@ def shift(images: Numbers, offsets: Numbers, padding: int) -> Numbers:
     """Windows of images (b, C, H, W) within a border of zeros, each as large as its image, at ``offsets`` (b, 2)."""
     height, width = images.shape[-2:]
     padded = np.pad(images, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
-    row = offsets[:, 0, None] + np.arange(height)
-    column = offsets[:, 1, None] + np.arange(width)
-    image = np.arange(len(images))[:, None, None]
-    window = padded[image, :, row[:, :, None], column[:, None, :]]  # (b, H, W, C): numpy puts the slice last
-    return np.ascontiguousarray(window.transpose(0, 3, 1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(len(images)), :, offsets[:, 0], offsets[:, 1]]
 
 
 def flip(images: Numbers, mirrored: Numbers) -> Numbers:
