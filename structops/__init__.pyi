@@ -11,6 +11,8 @@ from .algebra.svd import svd as svd
 from .chain import Chain as Chain
 from .chain import Factor as Factor
 from .contract import contract as contract
+from .einsum_family import POINTS as POINTS
+from .einsum_family import Theta as Theta
 from .errors import BackendError as BackendError
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError

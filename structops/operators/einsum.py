@@ -11,6 +11,7 @@ from structops._array import Array
 from structops.algebra.rounding import HasRank
 from structops.chain import Chain
 from structops.chain_operator import ChainOperator
+from structops.einsum_family import POINTS, Theta, check_order
 from structops.errors import ShapeError, StructureError
 from structops.operator import check_arrays
 from structops.spec import Structure, check_sizes, register
@@ -18,7 +19,6 @@ from structops.spec import Structure, check_sizes, register
 THETA = "abgdefr"  # alpha, beta, gamma, delta, epsilon, phi, rho of the follow-up paper
 FIRST_A = "gba, fdrga, ferbg -> fed"
 FIRST_B = "gba, ferbg, fdrga -> fed"
-BTT_POINT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
 MOST_PADDING = 1.15  # as the authors: rounding the sizes may add 15 %
 
 
@@ -88,12 +88,14 @@ class Einsum(HasRank, ChainOperator):
         return f"{self.chain.pattern}; {super().describe()}"
 
     @staticmethod
-    def from_theta(theta: Sequence[float], in_features: int, out_features: int, order: str = "cheapest") -> Chain:
+    def from_theta(
+        theta: Theta | Sequence[float], in_features: int, out_features: int, order: str = "cheapest"
+    ) -> Chain:
         """The chain of a point of the follow-up paper's two-factor family.
 
         Args:
-            theta: Exponents (alpha, beta, gamma, delta, epsilon, phi, rho): the first three share ``in_features``, the
-                next three ``out_features``, and rho is that of the rank, ``min(in, out) ** rho``.
+            theta: A `Theta`, or its exponents (alpha, beta, gamma, delta, epsilon, phi, rho): the first three share
+                ``in_features``, the next three ``out_features``, and rho is that of the rank, ``min(in, out) ** rho``.
             in_features: Size of the input.
             out_features: Size of the output.
             order: ``"cheapest"`` (fewer MACs; A if equal), ``"a"`` or ``"b"``: which factor is applied first.
@@ -104,14 +106,15 @@ class Einsum(HasRank, ChainOperator):
         Raises:
             StructureError: Not seven exponents in [0, 1], or three that do not sum to 1, or padding above 15 %.
         """
-        _check_point(theta, order)
-        inputs = _split_size(in_features, theta[:3])
-        outputs = _split_size(out_features, theta[3:6])
-        rank = max(1, round(min(in_features, out_features) ** theta[6]))
+        theta = Theta.of(theta)
+        check_order(order)
+        inputs = _split_size(in_features, theta.inputs)
+        outputs = _split_size(out_features, theta.outputs)
+        rank = max(1, round(min(in_features, out_features) ** theta.rho))
         sizes = dict(zip(THETA, (*inputs, *outputs, rank), strict=True))
         for what, true, padded in (("in", in_features, math.prod(inputs)), ("out", out_features, math.prod(outputs))):
             if padded > MOST_PADDING * true:
-                part = theta[:3] if what == "in" else theta[3:6]
+                part = theta.inputs if what == "in" else theta.outputs
                 near = [next(n for n in sizes if _fits(n, part)) for sizes in (range(true, 0, -1), count(true))]
                 raise StructureError(
                     f"theta={tuple(theta)} pads {what}_features={true} to {padded}, more than 15 %; "
@@ -121,17 +124,6 @@ class Einsum(HasRank, ChainOperator):
         if order == "cheapest":
             return a_first if a_first.macs <= b_first.macs else b_first
         return a_first if order == "a" else b_first
-
-
-def _check_point(theta: Sequence[float], order: str) -> None:
-    if len(theta) != 7 or any(not 0 <= t <= 1 for t in theta):
-        raise StructureError(f"theta must be 7 exponents in [0, 1], got {tuple(theta)}")
-    if any(not math.isclose(sum(part), 1, abs_tol=1e-3) for part in (theta[:3], theta[3:6])):
-        raise StructureError(
-            f"theta: (alpha, beta, gamma) and (delta, epsilon, phi) must each sum to 1, got {tuple(theta)}"
-        )
-    if order not in ("cheapest", "a", "b"):
-        raise StructureError(f"order must be cheapest, a or b, got {order!r}")
 
 
 def _fits(size: int, exponents: Sequence[float]) -> bool:
@@ -155,14 +147,14 @@ class EinsumStructure(Structure):
     """``einsum(theta=(...))``, or ``einsum(pattern=..., sizes=...)`` for one size.
 
     Args:
-        theta: A point of the two-factor family; see `Einsum.from_theta`.
+        theta: A point of the two-factor family, a `Theta` or its exponents; see `Einsum.from_theta`.
         pattern: A pattern, with ``sizes`` of all its labels.
         sizes: Sizes of the labels of ``pattern``, a mapping or pairs.
         order: Which factor of the family is applied first.
     """
 
     name = "einsum"
-    theta: tuple[float, ...] | None = None
+    theta: tuple[float, ...] | Theta | None = None
     pattern: str | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     order: str = "cheapest"
@@ -175,6 +167,8 @@ class EinsumStructure(Structure):
             PatternError: The pattern is no chain.
             ShapeError: A size of the pattern is missing or wrong.
         """
+        if isinstance(self.theta, Theta):
+            object.__setattr__(self, "theta", tuple(self.theta))  # numbers print, and go to JSON
         if self.theta is not None and self.pattern is not None:
             raise StructureError("einsum: give either theta or pattern, not both")
         if not isinstance(self.theta, tuple | None) or not isinstance(self.pattern, str | None):
@@ -186,7 +180,8 @@ class EinsumStructure(Structure):
             isinstance(pair, tuple) and len(pair) == 2 for pair in self.sizes
         ):
             raise StructureError(f"einsum: sizes is a mapping of labels to sizes, or pairs, got {self.sizes!r}")
-        _check_point(self.theta or BTT_POINT, self.order)
+        Theta.of(self.theta or POINTS["btt"])
+        check_order(self.order)
         if self.pattern is not None:
             Chain(self.pattern, dict(self.sizes))
 
@@ -198,7 +193,7 @@ class EinsumStructure(Structure):
         """
         check_sizes(self, in_features, out_features)
         if self.pattern is None:
-            return Einsum.from_theta(self.theta or BTT_POINT, in_features, out_features, self.order)
+            return Einsum.from_theta(self.theta or POINTS["btt"], in_features, out_features, self.order)
         chain = Chain(self.pattern, dict(self.sizes))
         if chain.shape != (out_features, in_features):
             raise StructureError(
