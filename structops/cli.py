@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 app = typer.Typer(
     name="structops",
@@ -18,7 +19,37 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-study = typer.Typer(help="Measure what muP promises, on handwritten digits.", no_args_is_help=True)
+
+
+class Studies(TyperGroup):
+    """The group of ``structops study``; the studies of trainings are imported when the group is looked at."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All of them."""
+        self._load()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """One of them."""
+        self._load()
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self) -> None:
+        if "scaling-laws" in self.commands or find_spec("numpy") is None:
+            return
+        from structops.studies.commands import add_to
+
+        added = typer.Typer()
+        add_to(added, console, _study)
+        for command in typer.main.get_group(added).commands.values():
+            self.add_command(command)
+
+
+study = typer.Typer(
+    help="The experiments of the paper, on data that ship with packages or your own.",
+    no_args_is_help=True,
+    cls=Studies,
+)
 app.add_typer(study, name="study")
 console = Console()
 
@@ -296,13 +327,16 @@ def _powers(text: str) -> list[float]:
 
 
 def _study(run: Callable[[], Any]) -> None:
-    """Run a study; a wrong name ends with 2, an interrupt with 130."""
-    from structops.errors import StructureError
+    """Run a study; a wrong name or wrong data end with 2, an interrupt with 130, what is not installed with 1."""
+    from structops.errors import DataError, ShapeError, StructureError
 
     try:
         run()
-    except StructureError as error:
+    except (DataError, ShapeError, StructureError) as error:
         raise typer.BadParameter(str(error)) from None
+    except ImportError as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("[yellow]interrupted; what was finished is on disk")
         raise typer.Exit(130) from None

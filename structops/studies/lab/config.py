@@ -42,7 +42,11 @@ def command(cls: type[Config], run: Callable[..., Any], extra: type[Any] | None 
 
     def call(**values: Any) -> Any:
         values.pop("config")
-        return run(*(part(**{name: values[name] for name in fields[part]}) for part in parts))
+        try:
+            made = [part(**{name: values[name] for name in fields[part]}) for part in parts]
+        except StructureError as error:
+            raise typer.BadParameter(str(error)) from None
+        return run(*made)
 
     def defaults(context: typer.Context, path: str | None) -> str | None:
         if path is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from structops.report import machine, write_json, write_text
 from structops.studies.lab import figures, ranks
@@ -22,6 +23,8 @@ from structops.studies.lab.pool import run_all
 from structops.studies.lab.store import Store, locked
 from structops.studies.lab.tables import Table
 
+ANSWERS = {True: "yes", False: "no", None: "cannot be told"}
+COLORS = {True: "green", False: "red", None: "yellow"}
 Result = dict[str, Any]
 Results = Mapping[Any, Result]
 
@@ -61,13 +64,18 @@ class Finding:
     here: str
     appears: bool | None
 
+    @property
+    def text(self) -> str:
+        """In a line."""
+        return f"{self.claim}: {self.here} (paper {self.source})"
+
 
 @dataclass(frozen=True)
 class Report:
     """What a study says.
 
     Attributes:
-        tables: By the name of their files.
+        tables: By the name of their files; the terminal shows the first one.
         figures: Matplotlib figures by the name of their files.
         findings: Of the paper.
     """
@@ -79,8 +87,7 @@ class Report:
     @property
     def finding_table(self) -> Table:
         """The findings as a table."""
-        answers = {True: "yes", False: "no", None: "cannot be told"}
-        rows = tuple((one.claim, one.source, one.here, answers[one.appears]) for one in self.findings)
+        rows = tuple((one.claim, one.source, one.here, ANSWERS[one.appears]) for one in self.findings)
         return Table("The paper's findings", ("finding", "source", "here", "appears"), rows)
 
 
@@ -153,10 +160,12 @@ def conduct(
         console.print(f"{len(results)} of {len(runs)} trainings are there, {len(todo)} were not; {seconds:.0f} s")
         report = study.report(results)
         write(report, study, results, out)
-    for table in report.tables.values():
+    for table in list(report.tables.values())[:1]:  # a terminal is too narrow for the others
         console.print(table.to_rich())
-    if report.findings:
-        console.print(report.finding_table.to_rich())
+    for finding in report.findings:
+        console.print(
+            f"[{COLORS[finding.appears]}]{ANSWERS[finding.appears]}[/]  {escape(finding.text)}", soft_wrap=True
+        )
     console.print(f"tables, figures and report.md are in {out}")
     return report
 

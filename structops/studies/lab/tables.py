@@ -45,7 +45,10 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """A table of the terminal with rounded numbers."""
-        return report.table(self.title, self.columns, [shown(row) for row in self.rows])
+        table = report.table(self.title, self.columns, [shown(row) for row in self.rows])
+        for column in table.columns:  # in a narrow terminal text goes on in the next line
+            column.overflow, column.no_wrap = "fold", False
+        return table
 
 
 def shown(row: Sequence[Cell]) -> list[str]:

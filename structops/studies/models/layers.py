@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from structops.errors import StructureWarning
-from structops.spec import ChainPlan, structure
+from structops.routed import Routed
+from structops.spec import ChainPlan, Structure, structure
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,21 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def routed(spec: str) -> Routed | None:
+    """The mixture of a text such as ``routed(structure=btt, experts=8, top_k=2)``; None for a structure."""
+    return Routed.parse(spec) if spec.startswith("routed") else None
+
+
+def family(spec: str) -> Structure:
+    """The structure of a layer, or that of the experts of a mixture.
+
+    Raises:
+        StructureError: It is unknown.
+    """
+    mixture = routed(spec)
+    return structure(mixture.structure if mixture else spec)
+
+
 @lru_cache(maxsize=65536)
 def cost(spec: str, in_features: int, out_features: int) -> Cost:
     """Parameters, MACs per vector and stored numbers per vector of a layer.
@@ -49,11 +65,21 @@ def cost(spec: str, in_features: int, out_features: int) -> Cost:
         StructureError: The structure is unknown or cannot have these sizes.
     """
     with quiet():
+        if mixture := routed(spec):
+            return _mixture_cost(mixture, in_features, out_features)
         plan = structure(spec).plan(in_features, out_features)
     widths: tuple[int, ...] = (in_features,)
     if isinstance(plan, ChainPlan):
         widths = (plan.chain.padded_in, *plan.chain.intermediate_widths)
     return Cost(plan.num_params, plan.macs, widths, len(plan.factors))
+
+
+def _mixture_cost(spec: Routed, in_features: int, out_features: int) -> Cost:
+    """Of k experts and the gate; each expert that was chosen keeps its own numbers, and the gate its weights."""
+    member = spec.member(in_features, out_features)
+    inner = spec.top_k * sum((member.padded_in, *member.intermediate_widths)) + spec.experts
+    counts = spec.num_params(in_features, out_features), spec.macs(in_features, out_features)
+    return Cost(*counts, (in_features, inner), len(member.factors))
 
 
 def linear(
@@ -71,15 +97,16 @@ def linear(
     Raises:
         StructureError: The structure is unknown or cannot have these sizes.
     """
-    from structops.torch import StructuredLinear
+    from structops.torch import RoutedLinear, StructuredLinear
 
+    how: dict[str, Any] = {
+        "bias": bias,
+        "zero_init": zero_init,
+        "weight_norm": weight_norm,
+        "generator": generator,
+    }
     with quiet():
-        return StructuredLinear(
-            in_features,
-            out_features,
-            spec,
-            bias=bias,
-            zero_init=zero_init,
-            weight_norm=weight_norm,
-            generator=generator,
-        )
+        if mixture := routed(spec):
+            kind = (mixture.structure, mixture.experts, mixture.top_k)
+            return RoutedLinear(in_features, out_features, *kind, **how)
+        return StructuredLinear(in_features, out_features, spec, **how)

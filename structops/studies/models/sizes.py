@@ -7,8 +7,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from structops.errors import StructureError
-from structops.spec import structure
-from structops.studies.models.layers import Cost, cost
+from structops.studies.models.layers import Cost, cost, family
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +150,11 @@ class Model:
         return sum(layer.uses * layer.cost.macs for layer in self.layers())
 
     @property
+    def head_macs(self) -> int:
+        """MACs per example of the layer that makes the outputs."""
+        return sum(layer.uses * layer.cost.macs for layer in self.layers() if layer.name == "head")
+
+    @property
     def macs(self) -> int:
         """MACs per example: all linear layers, and the products of attention."""
         return self.linear_macs + self.attention_macs
@@ -222,7 +226,7 @@ class Model:
         new_input: bool = True,
     ) -> LayerSize:
         """A layer of one part of the model, with the structure that this part has."""
-        spec = structure(self.structure)
+        spec = family(self.structure)
         structured = part in WHERE[self.where] and not (part == "input" and spec.name == "low_rank")
         norm: bool | Literal["cap"] = False
         if self.weight_norm and structured and spec.name != "dense":

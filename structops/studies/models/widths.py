@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import cache
 
 from structops.errors import StructureError
-from structops.spec import structure
+from structops.studies.models.layers import family
 from structops.studies.models.sizes import Model
 
 UNIT = 4  # widths are multiples of this
-GAP = 64  # candidates in a row that are tried where the sizes of a structure cannot be had
+GAP = 64  # candidates in a row, and as many again as the number of the first, that are tried for sizes that can be had
 LARGEST = 2**40
 
 
@@ -41,7 +41,7 @@ def width_for(model: Model, macs: int, count: Callable[[Model], int] = lambda mo
     @cache
     def at(k: int) -> tuple[int, int]:
         """The first width from the k-th candidate on that is possible, and its count."""
-        for j in range(k, k + GAP):
+        for j in range(k, 2 * k + GAP):
             try:
                 width = candidate(j)
                 return width, count(replace(model, width=width))
@@ -61,7 +61,7 @@ def width_for(model: Model, macs: int, count: Callable[[Model], int] = lambda mo
 
 def _candidates(model: Model) -> Callable[[int], int]:
     """The k-th width, k = 1, 2, ...; it grows with k."""
-    spec = structure(model.structure)
+    spec = family(model.structure)
     blocks = getattr(spec, "blocks", None)
     if spec.name in ("kron", "tt", "btt", "monarch") and blocks is None:
         power = getattr(spec, "num_cores", 2)
