@@ -85,8 +85,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (batch, tokens, width) to the same."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v))
+        # Normalised before the axes trade places, so that attention keeps this order in memory and nothing is copied.
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
