@@ -112,8 +112,11 @@ def test_random_members_have_the_rank_of_the_formula(theta):
 
 
 def test_what_the_properties_say():
-    assert POINTS["btt"].is_full_rank and not POINTS["btt"].is_shared and not POINTS["btt"].is_degenerate
-    assert POINTS["kron"].is_shared and not POINTS["low_rank"].is_full_rank
+    assert POINTS["btt"].is_full_rank
+    assert not POINTS["btt"].is_shared
+    assert not POINTS["btt"].is_degenerate
+    assert POINTS["kron"].is_shared
+    assert not POINTS["low_rank"].is_full_rank
     for point in POINTS.values():
         assert not point.is_degenerate
         room = min(point.alpha, point.epsilon)
@@ -123,7 +126,8 @@ def test_what_the_properties_say():
 
 def test_the_tensor_train_of_the_papers_figure_applies_b_first():
     point = Theta(1 / 3, 2 / 3, 0, 3 / 4, 1 / 4, 0)
-    assert point.cheapest == "b" and point.nu < point.exponents("a").nu
+    assert point.cheapest == "b"
+    assert point.nu < point.exponents("a").nu
     assert Einsum.from_theta(point, 4096, 4096).macs == 98_304
     assert Einsum.from_theta(point, 4096, 4096, order="a").macs == 3_145_728
 
@@ -131,7 +135,8 @@ def test_the_tensor_train_of_the_papers_figure_applies_b_first():
 def test_the_spec_takes_a_point():
     spec = so.structure("einsum", theta=POINTS["tt"])
     assert spec == so.structure(str(spec)) == so.structure("einsum", theta=tuple(POINTS["tt"]))
-    assert hash(spec) is not None and '"theta": [0.5' in spec.to_json()
+    assert hash(spec) is not None
+    assert '"theta": [0.5' in spec.to_json()
     assert spec.chain(256, 256) == Einsum.from_theta(POINTS["tt"], 256, 256)
 
 

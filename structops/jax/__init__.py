@@ -24,6 +24,8 @@ from structops.jax.optimizer import lr_scales as lr_scales
 from structops.jax.optimizer import muon_dims as muon_dims
 from structops.jax.optimizer import partition as partition
 from structops.jax.optimizer import scale_by_mup as scale_by_mup
+from structops.jax.routed import RoutedLinear as RoutedLinear
+from structops.jax.routed import router_loss as router_loss
 from structops.jax.sharding import shard as shard
 from structops.jax.sharding import shardings as shardings
 from structops.jax.weights import plan as plan

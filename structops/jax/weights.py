@@ -231,6 +231,8 @@ def _of_layer(leaf: Leaf) -> Weight:
     """A parameter as sizes, from what holds it; guessed if that tells nothing."""
     key, shape = leaf.parts[-1] if leaf.parts else "", leaf.shape
     holder, owner = leaf.holders
+    if announced := _announced(leaf):
+        return announced
     if len(leaf.parts) > 1 and leaf.parts[-2] == "factors" and key.isdigit() and is_structured(holder):
         spec = str(getattr(holder, "structure", "")) or _pattern(holder.plan)
         return _factor(leaf, holder.plan, spec, bool(getattr(holder, "zero_init", False)))
@@ -254,6 +256,18 @@ def _of_layer(leaf: Leaf) -> Weight:
     name = "weight" if isinstance(owner, eqx.Module) else INPUTS_FIRST
     factor = Factor(name, shape[-2:], fan_in=n, fan_out=m, blocks=math.prod(shape[:-2]))
     return Weight(leaf.name, _layer(leaf), _role(leaf), factor, n, m, known=False)
+
+
+def _announced(leaf: Leaf) -> Weight | None:
+    """What the layer says of a parameter: ``weight_sizes``, a `Weight` by its name in the layer."""
+    for depth, holder in enumerate(reversed(leaf.holders), start=1):
+        known: Any = getattr(holder, "weight_sizes", None)
+        weight = known.get(".".join(leaf.parts[-depth:])) if isinstance(known, Mapping) else None
+        if weight is not None:
+            layer = ".".join(leaf.parts[:-depth])
+            readout = weight.role == "hidden" and layer.rpartition(".")[2] in READOUTS
+            return replace(weight, name=leaf.name, layer=layer, role="readout" if readout else weight.role)
+    return None
 
 
 def _dense(owner: Any, shape: tuple[int, ...]) -> Dense | None:

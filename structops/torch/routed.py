@@ -170,7 +170,7 @@ class RoutedLinear(nn.Module):
         first, *middle, last = factors
         state = self.first([first.transpose(0, 1).reshape(self.first.plan.stored_shapes[0])], rows)
         mask = torch.zeros(rows.shape[0], count, dtype=gates.dtype, device=gates.device).scatter(1, chosen, gates)
-        state = (state.reshape(rows.shape[0], count, -1) * mask.to(state.dtype).unsqueeze(-1)).flatten(1)
+        state = (state.unflatten(1, (count, -1)) * mask.to(state.dtype).unsqueeze(-1)).flatten(1)
         shapes = self.rest.plan.stored_shapes
         last = last.permute(1, 2, 0, 3).reshape(shapes[-1])
         return self.rest([*(f.reshape(s) for f, s in zip(middle, shapes, strict=False)), last], state)
