@@ -191,7 +191,7 @@ def coordinate_check(
     out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path("coordinate-check"),
 ) -> None:
     """Does the change of features within a few steps stay the same as the network grows?  Fit its power of width."""
-    _require("torch", "demo")
+    _require("torch", "demo", "studies")
     from structops.studies import coordinate_check as studied
 
     settings = studied.Settings(
@@ -232,7 +232,7 @@ def lr_landscape(
     ),
 ) -> None:
     """Does the best learning rate stay the same as the network grows?  Train at every width and rate."""
-    _require("torch", "demo")
+    _require("torch", "demo", "studies")
     from structops.studies import lr_landscape as studied
 
     rates = [2.0**power for power in _powers(lrs)]

@@ -15,6 +15,7 @@ EXTRAS = {
     "torch": ("torch", "safetensors"),
     "jax": ("jax", "flax", "equinox", "optax"),
     "demo": ("sklearn", "matplotlib", "scipy"),
+    "studies": ("filelock", "mlxtend", "PIL", "yaml", "tokenizers"),
 }
 
 

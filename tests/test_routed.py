@@ -552,3 +552,18 @@ def test_jax_reads_without_writing():
         router_loss(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ShapeError, match="16"):
         layer(jax.numpy.ones((5, 15)))
+
+
+@pytest.mark.torch
+def test_a_gate_is_a_readout_of_the_dense_layer_in_the_base_model() -> None:
+    import torch
+    from torch import nn
+
+    from structops.torch import RoutedLinear, plan
+
+    with torch.device("meta"):
+        model = nn.Sequential(RoutedLinear(256, 256), nn.GELU(), nn.Linear(256, 10))
+        base = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
+    rates = {row.name: row.lr_scale for row in plan(model, base=base)}
+    assert rates["0.gate"] == rates["2.weight"] == 64 / 256
+    assert rates["0.factors.0"] == pytest.approx(64 / 16 / 2)  # of one expert, of modes of 16

@@ -322,6 +322,9 @@ def _counterpart(weight: Weight, base: Sequence[Weight]) -> Weight | None:
         return dense[0]
     if weight.role not in ("hidden", "readout"):
         return None
+    beside = [w for w in base if w.layer == weight.layer and w.role == "hidden" and w.count == 1]
+    if weight.role == "readout" and len(beside) == 1:  # the gate of a mixture, where the base model has a dense layer
+        return replace(weight, factor=dense_factor(beside[0].in_features, weight.out_features))
     raise StructureError(
         f"the base model has no layer {weight.layer!r} with a counterpart of {weight.name!r}; it needs the same layers "
         f"at another width"

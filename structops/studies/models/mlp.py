@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-INPUT_RATE = 0.1  # learning rate of the input layer relative to its rule (paper, section 4), so that others show
+INPUT_RATE = 0.1  # learning rate of the input layer relative to its rule (arXiv 2406.06248), so that others show
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualMLP(Model):
-    """``embed``, GELU, then ``depth`` blocks ``h + down(gelu(up(norm(h))))``, then ``head`` (paper, section 4).
+    """``embed``, GELU, then ``depth`` blocks ``h + down(gelu(up(norm(h))))``, then ``head`` (arXiv 2406.06248).
 
     The paper permutes pixels once and for all, so that no structure profits from the picture; that is left to the
     data.

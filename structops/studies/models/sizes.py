@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Which parts of a model a choice of layers covers (paper, section 4).
+# Which parts of a model a choice of layers covers (arXiv 2406.06248).
 WHERE: dict[str, frozenset[str]] = {
     "all": frozenset({"input", "attention", "ffn", "head"}),
     "all_but_head": frozenset({"input", "attention", "ffn"}),
@@ -78,7 +78,7 @@ class Model:
         expansion: Width inside a feed-forward network, relative to ``width``.
         bias: Whether linear layers have biases.
         norm_bias: Whether norms have biases.
-        weight_norm: Whether factors of structured layers have their root mean square capped (paper, section 5), with
+        weight_norm: Whether factors of structured layers have their root mean square capped (arXiv 2406.06248), with
             gains but for queries and keys, whose norms undo them.
 
     Raises:
