@@ -425,7 +425,7 @@ def test_what_starts_at_zero():
 
 @pytest.mark.torch
 def test_learning_rates_are_those_of_the_paper():
-    """Section 3: the dense network of width 64 at 3e-3, and the same rates in a block tensor-train of width 1024."""
+    """The dense network of width 64 at 3e-3, and the same rates in a block tensor-train of width 1024."""
     model = ResidualMLP(GREEDY, 1024)
     with torch.device("meta"):
         network, base = model.build(), model.base().build()
