@@ -98,6 +98,13 @@ def _relocated(name: str) -> str:
     return content
 
 
+def notebook_links(html: str) -> str:
+    """The links of a notebook, to other notebooks and to ../docs, as links between pages of the site."""
+    html = re.sub(r'href="(?:\.\./docs/)([\w/]+)\.md', r'href="../\1.html', html)
+    html = re.sub(r'href="\.\./(CONTRIBUTING|CHANGELOG)\.md', lambda found: f'href="../{found[1].lower()}.html', html)
+    return re.sub(r'href="(\w+)\.ipynb', r'href="\1.html', html)
+
+
 def structure_page(name: str) -> str:
     """One structure: pictures, the docstring, the spec and its arguments, counts and scales."""
     operator = so.OPERATORS[name]

@@ -12,12 +12,14 @@ import sys
 import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from unittest import mock
 
 import markdown_examples
 import pytest
 
 import structops as so
 from structops.algebra import closure
+from structops.spec import REGISTRY
 from structops.studies import algebra as study
 from structops.studies import closure as tables
 
@@ -28,6 +30,7 @@ WITH_CODE = [path for path in WRITTEN if any(block.language == "python" for bloc
 SECTIONS = ("Definition", "Args", "Raises", "Shapes", "Cost", "Numerics", "References", "Example")
 
 sys.path.insert(0, str(DOCS))
+import checks  # noqa: E402
 import pages  # noqa: E402
 import pictures  # noqa: E402
 
@@ -38,7 +41,8 @@ import pictures  # noqa: E402
 @pytest.mark.jax
 @pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
 def test_the_code_of_a_page_runs(path: Path) -> None:
-    markdown_examples.run(path)
+    with mock.patch.dict(REGISTRY):  # a page may register a structure
+        markdown_examples.run(path)
 
 
 @pytest.mark.torch
@@ -167,19 +171,67 @@ def test_every_documented_object_exists() -> None:
             assert hasattr(importlib.import_module(module), attribute), name
 
 
-def test_every_public_name_is_documented() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
-    text += "so.OPERATORS"  # the registry; the page of contributors explains it
-    public = {name: getattr(so, name) for name in dir(so) if not name.startswith("_")}
-    elsewhere = {
-        name
-        for name, value in public.items()
-        if name in so.OPERATORS  # a page of its own
-        or isinstance(value, types.ModuleType)
-        or (isinstance(value, type) and issubclass(value, Exception))  # on one page, with their module
-    }
-    assert {"BTT", "mup", "ShapeError"} <= elsewhere
-    assert [name for name in public if name not in elsewhere and not re.search(rf"\.{name}\b", text)] == []
+def test_every_public_name_has_a_page() -> None:
+    names = checks.public_names()
+    assert {"structops.BTT", "structops.torch.plan", "structops.jax.plan", "structops.mup.scales"} <= set(names)
+    assert {"structops.projection.fit", "structops.testing.Case", "structops.torch.distributed.save"} <= set(names)
+    assert names["structops.torch.plan"] == "structops.torch.weights.plan"
+    assert names["structops.BTT"] == "structops.operators.btt.BTT"
+    texts = [path.read_text(encoding="utf-8") for path in WRITTEN]
+    texts += [f"::: {operator.__module__}.{name}" for name, operator in so.OPERATORS.items()]  # pages of their own
+    assert checks.undocumented(texts, names) == []
+
+
+def test_the_packages_export_what_the_check_of_names_reads() -> None:
+    names = [name for name in checks.public_names() if name.count(".") == 1]
+    assert {f"structops.{name}" for name in dir(so) if not isinstance(getattr(so, name), types.ModuleType)} >= set(
+        names
+    )
+
+
+def test_a_public_name_without_a_page_is_found(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "__init__.py").write_text("from new.a import f as f\nfrom new.a import g as g\nimport os\n")
+    (tmp_path / "new" / "a.py").write_text("from new.b import g\n\ndef f(): ...\n")
+    (tmp_path / "new" / "b.py").write_text("def g(): ...\n")
+    names = checks.public_names(tmp_path / "new")
+    assert names == {"new.f": "new.a.f", "new.g": "new.b.g"}
+    assert checks.undocumented(["# A\n\n::: new.a.f\n"], names) == ["new.g"]
+    assert checks.undocumented(["::: new.a.f", "::: new.b"], names) == []
+
+
+@pytest.mark.torch
+@pytest.mark.jax
+def test_the_page_of_backends_has_what_only_one_of_them_has() -> None:
+    page = (DOCS / "concepts" / "backends.md").read_text(encoding="utf-8")
+    _, torch_only, jax_only = re.split(r"^\| only in `structops\.\w+` .*$", page, flags=re.MULTILINE)
+    names = {package: set(_exported(package)) for package in ("torch", "jax")}
+    assert [name for name in sorted(names["torch"] - names["jax"]) if f"`{name}`" not in torch_only] == []
+    assert [name for name in sorted(names["jax"] - names["torch"]) if f"`{name}`" not in jax_only] == []
+
+
+def _exported(package: str) -> list[str]:
+    prefix = f"structops.{package}."
+    return [name.removeprefix(prefix) for name in checks.public_names() if re.fullmatch(rf"{prefix}\w+", name)]
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    links = ("b.html", "b.html#here", "#top", "https://a.org/x", "data:image/png;base64,AA", "mailto:a@b.org")
+    broken = ("c.html", "b.html#there", "sub/", "http://", "htp://a.org", "c.png")
+    text = "".join(f'<a href="{link}"></a>' for link in (*links, *broken[:-1]))
+    (tmp_path / "a.html").write_text(f'<p id="top">{text}<img src="{broken[-1]}"></p>')
+    (tmp_path / "b.html").write_text('<p id="here"><a href="a.html"></a></p>')
+    assert [line.split(": ")[1] for line in checks.broken_links(tmp_path)] == list(broken)
+
+
+def test_links_of_notebooks_become_links_of_the_site() -> None:
+    links = ("04_x.ipynb", "../docs/concepts/mup.md#rule", "../CONTRIBUTING.md", "https://a.org/b.md")
+    there = ("04_x.html", "../concepts/mup.html#rule", "../contributing.html", "https://a.org/b.md")
+    before, after = (" ".join(f'<a href="{link}">' for link in part) for part in (links, there))
+    assert pages.notebook_links(before) == after
 
 
 # -------------------------------------------------------------------------------------------------------- contributing
