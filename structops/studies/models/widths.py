@@ -34,7 +34,7 @@ def width_for(model: Model, macs: int, count: Callable[[Model], int] = lambda mo
     Example:
         >>> from structops.studies.models import ResidualMLP
         >>> width_for(ResidualMLP("btt", 64), ResidualMLP("dense", 64).macs)
-        289
+        324
     """
     candidate = _candidates(model)
 
