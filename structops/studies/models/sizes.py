@@ -73,7 +73,8 @@ class Model:
         width: Of the residual stream.
         depth: Number of blocks.
         where: ``"all"``, ``"all_but_head"``, ``"hidden"`` (neither the input layer nor the head), ``"attention"`` or
-            ``"ffn"``.  Low rank leaves the input layer dense in any case: it would discard most of the input (arXiv 2406.06248).
+            ``"ffn"``.  Low rank leaves the input layer dense in any case: it would discard most of
+            the input (arXiv 2406.06248).
         expansion: Width inside a feed-forward network, relative to ``width``.
         bias: Whether linear layers have biases.
         norm_bias: Whether norms have biases.
