@@ -118,9 +118,9 @@ class RoutedLinear(nnx.Module):
         """Draw the experts anew, gate 0, gains 1 and bias 0."""
         for parameter, factor in zip(self.factors, self._drawn(rngs), strict=True):
             parameter[...] = factor
-        for parameter, value in ((self.gate, 0), (self.gains, 1), (self.bias, 0)):
-            if parameter is not None:
-                parameter[...] = jnp.full_like(parameter[...], value)
+        for variable, value in ((self.gate, 0), (self.gains, 1), (self.bias, 0)):
+            if variable is not None:
+                variable[...] = jnp.full_like(variable[...], value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The gated sum for x of shape (..., in_features)."""
