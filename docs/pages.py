@@ -128,6 +128,10 @@ def structure_page(name: str) -> str:
         if isinstance(plan_of(shown(operator)[0], 16, 16), ChainPlan)
         else "",
         *(size_table(text) for text in texts),
+        "## Projection",
+        "What `structurize` and `so.projection.fit` know about the member that they find for a matrix; "
+        "[how](../concepts/projection.md).",
+        projection_table(shown(operator)),
         "## Training scales",
         "Standard deviation of the initial values, and the learning rate relative to the dense layer that is replaced, "
         "for Adam and its relatives; [what they mean](../concepts/mup.md).",
@@ -283,6 +287,20 @@ def share(part: int, whole: int) -> str:
     """A percentage with three significant digits."""
     percentage = 100 * part / whole
     return f"{percentage:.3g} %" if percentage >= 0.001 else "< 0.001 %"
+
+
+def projection_table(texts: Iterable[str]) -> str:
+    """How near the projection onto each of some specs comes, found by projecting a small matrix."""
+    import torch
+
+    W = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for text in texts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", so.StructureWarning)
+            fit = so.projection.fit(W, text)
+        rows.append((f"`{text}`", fit.optimality, fit.reason))
+    return table(("spec", "optimum", "why"), rows)
 
 
 def scale_table(text: str, *sizes: str | int) -> str:

@@ -98,6 +98,8 @@ def test_a_structure_has_a_page(name: str) -> None:
     if spec := pages.spec_of(operator):
         assert f"`{spec.name}`" in page or f"`{spec.name}(" in page
         assert "| 1,024 → 1,024 |" in page
+        assert re.search(r"^\| `.*` \| (exact|quasi|local) \| .+ \|$", page, re.MULTILINE)
+        assert "## Training scales" in page
 
 
 @pytest.mark.parametrize("name", so.OPERATORS)
