@@ -149,7 +149,7 @@ def test_other_lines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StructureError, match="line 1: expected a run and its result"):
         Store(tmp_path)
     (tmp_path / "results.jsonl").write_text("no json\n")
-    with pytest.raises(StructureError, match="line 1: no JSON"):
+    with pytest.raises(StructureError, match="line 1: not a result, as it is no JSON"):
         Store(tmp_path)
 
 

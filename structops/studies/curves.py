@@ -107,10 +107,8 @@ def cost_figure(
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:g}")
         panels[0].set_ylabel(NAMES[error])
-        where = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(found) > 6 else {}
-        (panels[-1] if where else panels[0]).legend(fontsize=7, **where)
-        if where and len(costs) > 1:  # the names with exponents are those of the first panel
-            panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=7, **where)
+        # The names carry the exponents of the first panel; beside the panels they hide no point.
+        panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
 
 

@@ -62,7 +62,7 @@ def rate_figure(found: dict[Key, dict[float, float]], error: str) -> Any:
         handles = {
             text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
         }
-        panels[-1].legend(handles.values(), handles, fontsize=7)
+        panels[-1].legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
 
 

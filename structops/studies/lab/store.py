@@ -41,7 +41,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise StructureError(f"{file}, line {number}: no JSON: {line[:80]!r}") from error
+            raise StructureError(f"{file}, line {number}: not a result, as it is no JSON: {line[:80]!r}") from error
 
 
 class Store:
