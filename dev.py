@@ -34,7 +34,8 @@ LINT = ("ruff check --quiet .", "ruff format --check --quiet .")
 
 # What `clean` removes, as patterns below the root.
 CREATED = (
-    ".venv .triton build dist site structops-demo structops-bench coordinate-check lr-landscape htmlcov "
+    ".venv .triton build dist site structops-demo structops-bench structops-study coordinate-check lr-landscape "
+    "htmlcov "
     ".coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache **/__pycache__ **/.ipynb_checkpoints"
 )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pictures
 import speed_tables
+import study_tables
 
 import structops as so
 from structops.algebra.closure import LINALG, ROWS, UNARY, closure
@@ -509,6 +510,7 @@ INSERTS: dict[str, Callable[..., str]] = {
     "factors": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[0],
     "wires": lambda pattern, explain="": chain_drawings(_example(pattern), f"`{pattern}`", bool(explain))[1],
     **speed_tables.inserts(table),
+    **study_tables.inserts(),
 }
 
 

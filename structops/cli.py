@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 class Studies(TyperGroup):
-    """The group of ``structops study``; the studies of trainings are imported when the group is looked at."""
+    """The group of ``structops study``, which is imported when it is looked at."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All of them."""
@@ -35,14 +35,11 @@ class Studies(TyperGroup):
         return super().get_command(ctx, cmd_name)
 
     def _load(self) -> None:
-        if "scaling-laws" in self.commands or find_spec("numpy") is None:
-            return
-        from structops.studies.commands import add_to
+        if not self.commands:
+            from structops.studies.commands import commands
 
-        added = typer.Typer()
-        add_to(added, console, _study)
-        for command in typer.main.get_group(added).commands.values():
-            self.add_command(command)
+            for command in typer.main.get_group(commands(console, _study, _require)).commands.values():
+                self.add_command(command)
 
 
 study = typer.Typer(
@@ -170,88 +167,6 @@ def bench(
         raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
-@study.command("coordinate-check")
-def coordinate_check(
-    structures: Annotated[str, typer.Option(help="Specs, separated by semicolons; six by default.")] = "",
-    optimizers: Annotated[str, typer.Option(help="Of adam, sgd and muon, separated by semicolons.")] = "adam;sgd;muon",
-    rules: Annotated[
-        str,
-        typer.Option(
-            "--rules",
-            "--rule",
-            help="Of paper, blocks (for SGD), corrected (for shared factors) and naive; those that differ.",
-        ),
-    ] = "paper;blocks;corrected;naive",
-    widths: Annotated[str, typer.Option(help="Widths, at least two.")] = "64;128;256;512;1024",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps before the measurement.")] = 10,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
-    expansion: Annotated[int, typer.Option(min=1, help="Width inside a block, relative to the stream.")] = 4,
-    share_exponent: Annotated[float, typer.Option(help="Of the corrected rule.")] = 0.5,
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers.")] = Path("coordinate-check"),
-) -> None:
-    """Does the change of features within a few steps stay the same as the network grows?  Fit its power of width."""
-    _require("torch", "demo", "studies")
-    from structops.studies import coordinate_check as studied
-
-    settings = studied.Settings(
-        widths=tuple(sorted(set(_numbers(widths, "--widths", least=2)))),
-        steps=steps,
-        seeds=tuple(range(seed, seed + seeds)),
-        expansion=expansion,
-        share_exponent=share_exponent,
-    )
-    _study(
-        lambda: studied.coordinate_check(
-            structures=_names(structures) or studied.STRUCTURES,
-            chosen=_names(optimizers),
-            rules=_names(rules),
-            settings=settings,
-            out=out,
-            console=console,
-        )
-    )
-
-
-@study.command("lr-landscape")
-def lr_landscape(
-    structures: Annotated[str, typer.Option(help="Specs, separated by semicolons.")] = "dense;btt",
-    rules: Annotated[str, typer.Option("--rules", "--rule", help="Of paper, corrected and naive.")] = "paper;naive",
-    widths: Annotated[str, typer.Option(help="Widths, at least two.")] = "64;128;256",
-    lrs: Annotated[str, typer.Option(help="Powers of two of the learning rates, first:last or first:last:step.")] = (
-        "-12:-2"
-    ),
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 2,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 6,
-    all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Sweep the rates of input layer and head, too.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Folder of results; with the same folder a run goes on.")] = Path(
-        "lr-landscape"
-    ),
-) -> None:
-    """Does the best learning rate stay the same as the network grows?  Train at every width and rate."""
-    _require("torch", "demo", "studies")
-    from structops.studies import lr_landscape as studied
-
-    rates = [2.0**power for power in _powers(lrs)]
-    sizes = sorted(set(_numbers(widths, "--widths", least=2)))
-    _study(
-        lambda: studied.lr_landscape(
-            structures=_names(structures),
-            rules=_names(rules),
-            widths=sizes,
-            lrs=rates,
-            seeds=range(seed, seed + seeds),
-            passes=epochs,
-            hidden_only=not all_layers,
-            out=out,
-            console=console,
-        )
-    )
-
-
 @app.command()
 def doctor() -> None:
     """Check the installation; exit with 1 and the repair command where something is wrong."""
@@ -307,23 +222,6 @@ def _some_of(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"{', '.join(unknown)} not among {'; '.join(known)}", param_hint=option)
     return tuple(dict.fromkeys(names))
-
-
-def _powers(text: str) -> list[float]:
-    """The numbers of ``first:last:step``, ascending.
-
-    Raises:
-        BadParameter: It is no such text, or gives fewer than three numbers.
-    """
-    try:
-        first, last, *rest = (float(part) for part in text.split(":"))
-        step = rest[0] if len(rest) == 1 else 1.0
-        values = [first + k * step for k in range(int((last - first) / step + 1e-9) + 1)] if len(rest) < 2 else []
-    except (ValueError, ZeroDivisionError, OverflowError):
-        values = []
-    if not 3 <= len(values) <= 1000 or values[0] > values[-1] or not -100 <= values[0] <= values[-1] <= 100:
-        raise typer.BadParameter(f"expected first:last or first:last:step, got {text!r}", param_hint="--lrs")
-    return values
 
 
 def _study(run: Callable[[], Any]) -> None:

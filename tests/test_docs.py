@@ -25,7 +25,7 @@ from structops.studies import closure as tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-WRITTEN = sorted(DOCS.rglob("*.md"))
+WRITTEN = sorted(path for path in DOCS.rglob("*.md") if "assets" not in path.parts)
 WITH_CODE = [path for path in WRITTEN if any(block.language == "python" for block in markdown_examples.blocks(path))]
 SECTIONS = ("Definition", "Args", "Raises", "Shapes", "Cost", "Numerics", "References", "Example")
 

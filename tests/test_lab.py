@@ -27,7 +27,7 @@ from structops.studies.lab.config import command, option, read_config, write_con
 from structops.studies.lab.frontier import Curve, Point, cost_ratio, hull
 from structops.studies.lab.pool import WorkerError, run_all
 from structops.studies.lab.store import Store, append_line, locked, read_lines
-from structops.studies.lab.study import Execution, Finding, Report, Study, conduct
+from structops.studies.lab.study import Execution, Finding, Report, Study, Work, conduct
 from structops.studies.lab.tables import Table
 
 QUIET = Console(quiet=True)
@@ -291,6 +291,9 @@ class Squares(Study):
     def runs(self) -> list[Run]:
         return [Run(number) for number in (*self.numbers, self.numbers[0])]
 
+    def work(self) -> Work:
+        return Work(slowly, str, prepare=lambda run, folder: (run, folder))
+
     def report(self, results: Any) -> Report:
         rows = tuple((run.number, result["square"]) for run, result in results.items())
         with figures.canvas() as (figure, (panel,)):
@@ -309,7 +312,7 @@ def slowly(job: tuple[Run, Path]) -> dict[str, float]:
 
 def study(folder: Path, *numbers: int, **how: Any) -> Report:
     execution = Execution(out=folder, workers=how.pop("workers", 1), **how)
-    return conduct(Squares(numbers), execution, slowly, console=QUIET, describe=str)
+    return conduct(Squares(numbers), execution, QUIET)
 
 
 @pytest.mark.torch

@@ -195,7 +195,7 @@ def test_large_widths_are_found_at_once():
 
 def test_the_table_shows_every_row_and_models_of_ones_own():
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(counts_table([PAPER_ROWS[0], PaperRow("my own", GPT("btt", 64, 1, heads=1, context=8))]))
+    console.print(counts_table([PAPER_ROWS[0], PaperRow("my own", GPT("btt", 64, 1, heads=1, context=8))]).to_rich())
     text = console.export_text()
     assert "123,680" in text
     assert "+0.02%" in text

@@ -19,20 +19,21 @@ from rich.console import Console
 
 from structops.errors import CheckpointError, StructureError
 from structops.studies import trainer
-from structops.studies.commands import STUDIES, conduct_here
+from structops.studies.commands import STUDIES
 from structops.studies.compute_per_dimension import ComputePerDimension, Memory
+from structops.studies.coordinate_check import CoordinateCheck
 from structops.studies.data import Augment
 from structops.studies.einsum_points import MIXTURE, EinsumPoints, largest_gap
 from structops.studies.lab.checkpoint import path_of
 from structops.studies.lab.config import read_config
 from structops.studies.lab.frontier import Curve, Point
 from structops.studies.lab.store import Store
-from structops.studies.lab.study import Execution, Study
+from structops.studies.lab.study import Execution, Study, conduct
+from structops.studies.lr_landscape import LrLandscape
 from structops.studies.models import GPT, ResidualMLP, ViT
 from structops.studies.placement import Placement
 from structops.studies.runs import Data, Recipe, Run
 from structops.studies.scaling_laws import ScalingLaws
-from structops.studies.trained import Trained
 from structops.studies.trainer import Job, Training, train
 from structops.studies.weight_norm import WeightNorm
 
@@ -119,6 +120,17 @@ def test_checkpoints_are_written_as_it_goes(tmp_path: Path, monkeypatch: pytest.
     assert training.history.step == 6
 
 
+def test_mixed_images_count_as_in_the_paper() -> None:
+    import torch
+
+    task = RUNS["mlp"].data.load()
+    y = torch.tensor([[0.6, 0.4, 0], [0.6, 0, 0.4], [0, 0.6, 0.4], [0.4, 0.6, 0]])
+    # All guesses are the smaller part but one, which is wrong both ways.
+    out = 9 * torch.eye(3)[torch.tensor([1, 2, 0, 0])]
+    assert float(trainer.measures(out, y, task)[1]) == 0.25
+    assert float(trainer.measures(out, torch.tensor([1, 2, 0, 2]), task)[1]) == 0.25
+
+
 def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
     path = path_of(tmp_path, RUNS["mlp"])
     path.parent.mkdir()
@@ -184,7 +196,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 SMALL: dict[str, Any] = {"data": "digits", "steps": 3, "batch": 32, "seeds": 1, "depth": 1, "crop": 1}
 VIT: dict[str, Any] = {"patch_size": 4, "heads": 4}
-STUDIED: dict[str, Trained] = {
+STUDIED: dict[str, Study] = {
+    "coordinate-check": CoordinateCheck(("btt",), ("adam", "muon"), ("paper", "naive"), (32, 64), steps=2, seeds=1),
+    "lr-landscape": LrLandscape(("dense", "btt"), widths=(16, 32), lrs="-10:-6:2", seeds=1, epochs=1),
     "scaling-laws": ScalingLaws(**SMALL, widths=(16, 24, 32)),
     "compute-per-dimension": ComputePerDimension(**SMALL, widths=(32, 48, 64)),
     "memory": Memory(**SMALL, widths=(32, 48, 64)),
@@ -202,7 +216,7 @@ def test_every_study_is_tried() -> None:
 def test_a_study_runs_from_its_settings(name: str, tmp_path: Path) -> None:
     study = STUDIED[name]
     execution = Execution(out=tmp_path, workers=2)
-    report = conduct_here(study, execution, QUIET)
+    report = conduct(study, execution, QUIET)
     results = Store(tmp_path)
     assert all(results.get(run) for run in study.runs())
     assert not list((tmp_path / "checkpoints").glob("*")) if (tmp_path / "checkpoints").exists() else True
@@ -366,3 +380,9 @@ def test_a_study_on_ray(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "3 of 3 trainings are there" in ended.stdout
+
+
+def test_help_does_not_wait_for_the_libraries_that_compute() -> None:
+    code = "import sys, structops.studies.commands; print({'torch', 'jax', 'cola', 'matplotlib'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "set()"

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from structops.errors import StructureError
-from structops.mup import Rule
-from structops.report import machine, table, write_figure, write_json
 from structops.studies.data import digits
-from structops.studies.lab.pool import run_all
-from structops.studies.network import RATES, RULES, build, optimizers
-from structops.torch import plan
-from structops.torch.coord_check import measure
-from structops.torch.coord_report import CoordReport, CoordRow, Forecast, Record
+from structops.studies.lab import figures
+from structops.studies.lab.config import option
+from structops.studies.lab.study import Finding, Report, Results, Study, Work
+from structops.studies.lab.tables import Table
+from structops.studies.rules import RATES, RULES, check_names, rule_of
 
-STRUCTURES = ("dense", "low_rank", "monarch(blocks=4)", "tt(rank=4)", "btt", "kron")
-WIDTHS = (64, 128, 256, 512, 1024)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from structops.mup import Rule
+    from structops.torch.coord_report import CoordReport, CoordRow
+
 BATCH = 120
 
 
@@ -42,86 +37,123 @@ class Variant:
     @property
     def made(self) -> Rule:
         """The rule."""
-        rule = RULES[self.rule](self.optimizer)
-        return replace(rule, share_exponent=self.share_exponent) if rule.share_exponent else rule
+        shared = {"share_exponent": self.share_exponent} if "share_exponent" in RULES[self.rule] else {}
+        return rule_of(self.rule, self.optimizer, **shared)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How the networks are trained.
+class Check:
+    """One network from all seeds.
 
     Attributes:
-        widths: Of the networks.
+        variant: What is checked.
+        width: Of the residual stream.
         steps: Optimiser steps before the measurement.
         seeds: Seeds of initial values and batches.
         expansion: Width inside a block, relative to that of the residual stream.
-        share_exponent: That of the corrected rule.
-        rates: Learning rate of the dense network of width 64 for each optimiser.
+        rate: Learning rate of the dense network of width 64.
     """
-
-    widths: tuple[int, ...] = WIDTHS
-    steps: int = 10
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    expansion: int = 4
-    share_exponent: float = 0.5
-    rates: tuple[tuple[str, float], ...] = tuple(RATES.items())
-
-
-@dataclass(frozen=True)
-class Job:
-    """One network from all seeds."""
 
     variant: Variant
     width: int
-    settings: Settings
+    steps: int
+    seeds: tuple[int, ...]
+    expansion: int
+    rate: float
 
 
 @dataclass(frozen=True)
-class Done:
-    """A job that has ended."""
+class CoordinateCheck(Study):
+    """Does the change of features within a few steps stay the same as the network grows?  Fit its power of width.
 
-    job: Job
-    records: list[Record]
-    forecasts: list[Forecast]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The report of a variant."""
-
-    variant: Variant
-    report: CoordReport
-
-
-def variants(
-    structures: Sequence[str], chosen: Sequence[str], rules: Sequence[str], settings: Settings
-) -> list[Variant]:
-    """All combinations, without those whose learning rates are those of another rule before it.
-
-    Raises:
-        StructureError: An optimiser or a rule is unknown.
+    Attributes:
+        structures: Of the hidden layers.
+        optimizers: Of `RATES`.
+        rules: Of `RULES`; one whose rates are those of a rule before it is left out.
+        widths: Of the networks.
+        steps: Optimiser steps before the measurement.
+        seed: First seed.
+        seeds: Number of seeds.
+        expansion: Width inside a block, relative to that of the residual stream.
+        share_exponent: That of the corrected rule.
     """
-    if unknown := [name for name in chosen if name not in RATES] + [name for name in rules if name not in RULES]:
-        raise StructureError(f"{', '.join(unknown)} not among {'; '.join([*RATES, *RULES])}")
-    found = []
-    for structure in structures:
-        with torch.device("meta"):
-            # Large and of unequal modes, so that two rules do not agree by accident.
-            models = [build(structure, width, settings.expansion) for width in (256, 512)]
-        for optimizer in chosen:
-            seen = []
-            for rule in rules:
-                variant = Variant(structure, optimizer, rule, settings.share_exponent)
-                rates = [[row.lr_scale for row in plan(model, variant.made)] for model in models]
-                if rates not in seen:
-                    seen.append(rates)
-                    found.append(variant)
-    return found
+
+    name: ClassVar[str] = "coordinate-check"
+    title: ClassVar[str] = "Coordinate check"
+
+    structures: Annotated[tuple[str, ...], option(help="Specs of the hidden layers.")] = (
+        *("dense", "low_rank", "monarch(blocks=4)", "tt(rank=4)", "btt", "kron"),
+    )
+    optimizers: Annotated[tuple[str, ...], option(help="Of adam, sgd and muon.")] = ("adam", "sgd", "muon")
+    rules: Annotated[
+        tuple[str, ...],
+        option(help="Of paper, blocks (for SGD), corrected (for shared factors) and naive; those that differ."),
+    ] = ("paper", "blocks", "corrected", "naive")
+    widths: Annotated[tuple[int, ...], option(help="Widths, at least two.")] = (64, 128, 256, 512, 1024)
+    steps: Annotated[int, option(min=1, help="Optimiser steps before the measurement.")] = 10
+    seed: Annotated[int, option(help="First seed.")] = 0
+    seeds: Annotated[int, option(min=1, help="Number of seeds.")] = 5
+    expansion: Annotated[int, option(min=1, help="Width inside a block, relative to the stream.")] = 4
+    share_exponent: Annotated[float, option(help="Of the corrected rule.")] = 0.5
+
+    def __post_init__(self) -> None:
+        """Check names."""
+        check_names(self.optimizers, RATES)
+        check_names(self.rules, RULES)
+        if len(set(self.widths)) < 2:
+            raise StructureError(f"a coordinate check needs two widths, got {self.widths}")
+
+    def runs(self) -> Sequence[Check]:
+        """Every variant at every width."""
+        seeds = tuple(range(self.seed, self.seed + self.seeds))
+        return [
+            Check(variant, width, self.steps, seeds, self.expansion, RATES[variant.optimizer])
+            for variant in self.variants()
+            for width in sorted(set(self.widths))
+        ]
+
+    def variants(self) -> Iterator[Variant]:
+        """All combinations, without those whose learning rates are those of another rule before it."""
+        import torch
+
+        from structops.studies.network import build
+        from structops.torch import plan
+
+        for structure in self.structures:
+            with torch.device("meta"):
+                # Large and of unequal modes, so that two rules do not agree by accident.
+                models = [build(structure, width, self.expansion) for width in (256, 512)]
+            for optimizer in self.optimizers:
+                seen = []
+                for rule in self.rules:
+                    variant = Variant(structure, optimizer, rule, self.share_exponent)
+                    rates = [[row.lr_scale for row in plan(model, variant.made)] for model in models]
+                    if rates not in seen:
+                        seen.append(rates)
+                        yield variant
+
+    def work(self) -> Work:
+        """Train and measure."""
+        return Work(run_check, describe)
+
+    def report(self, results: Results) -> Report:
+        """Powers of width, and the change of features over width."""
+        reports = reports_of(results)
+        if not reports:
+            return Report()
+        tables = {"slopes": slopes_table(reports), "layers": layers_table(reports)}
+        return Report(tables, {"features": figure(reports)}, findings(reports))
+
+
+def describe(check: Check) -> str:
+    """A few words on a check."""
+    return f"{check.variant.structure}, {check.variant.optimizer}, {check.variant.rule}, width {check.width}"
 
 
 def batches(seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of training images, from the seed alone."""
+    import torch
+
     data = digits()
     order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(seed))
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
@@ -129,99 +161,56 @@ def batches(seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
     return [(x[index], y[index]) for index in chosen]
 
 
-def run_job(job: Job) -> Done:
+def run_check(check: Check) -> dict[str, Any]:
     """Train and measure the network of one width from all seeds in this process."""
-    start = time.perf_counter()
-    variant, settings = job.variant, job.settings
-    rate = dict(settings.rates)[variant.optimizer]
+    import torch
+    from torch.nn import functional
+
+    from structops.studies.network import build, optimizers
+    from structops.torch.coord_check import measure
+
+    start, variant = time.perf_counter(), check.variant
     records, forecasts = [], []
-    for seed in settings.seeds:
+    for seed in check.seeds:
         measured, said = measure(
-            lambda width: build(variant.structure, width, settings.expansion),
-            job.width,
+            lambda width: build(variant.structure, width, check.expansion),
+            check.width,
             seed,
-            batches(seed, settings.steps),
+            batches(seed, check.steps),
             functional.cross_entropy,
-            lambda model: optimizers(model, variant.made, rate, settings.expansion),
-            settings.steps,
+            lambda model: optimizers(model, variant.made, check.rate, check.expansion),
+            check.steps,
             replace(variant.made, structure_aware=True),
             torch.from_numpy(digits().test_x),
         )
-        records += measured
-        forecasts = said
-    return Done(job, records, forecasts, time.perf_counter() - start)
-
-
-def coordinate_check(
-    *,
-    structures: Sequence[str],
-    chosen: Sequence[str],
-    rules: Sequence[str],
-    settings: Settings,
-    out: Path,
-    console: Console,
-    workers: int | None = None,
-) -> list[Checked]:
-    """Check all variants; write ``coordinate-check.json`` and ``coordinate-check.png`` into ``out``.
-
-    An interrupt leaves the files with the variants that were finished, and is raised again.
-
-    Args:
-        structures: Specs of the hidden layers.
-        chosen: Optimisers, of `RATES`.
-        rules: Of `RULES`; one whose rates are those of a rule before it is left out.
-        settings: How the networks are trained.
-        out: Folder of the files.
-        console: Where the table and the progress go.
-        workers: Processes; one a core if not given, none with 0.
-
-    Raises:
-        StructureError: An optimiser, a rule or a structure is unknown.
-    """
-    todo = variants(structures, chosen, rules, settings)
-    start = time.perf_counter()
-    checked: list[Checked] = []
-
-    def save() -> None:
-        seconds = time.perf_counter() - start
-        write_json(out / "coordinate-check.json", _data(checked, len(todo), settings, seconds))
-
-    try:
-        for one in _check_all(todo, settings, console, workers):
-            checked.append(one)
-            checked.sort(key=lambda one: todo.index(one.variant))
-            save()
-    finally:
-        if checked:
-            write_figure(out / "coordinate-check.png", figure(checked))
-            console.print(summary_table(checked, settings))
-        console.print(f"{len(checked)} of {len(todo)} checks, {time.perf_counter() - start:.0f} s; in {out}")
-    return checked
-
-
-def _check_all(todo: Sequence[Variant], settings: Settings, console: Console, workers: int | None) -> Iterator[Checked]:
-    """The variants as their last network ends."""
-    jobs = [Job(variant, width, settings) for variant in todo for width in settings.widths]
-    # Dense networks take longest and go first; a variant's widths together, so that an interrupt keeps most variants.
-    jobs.sort(key=lambda job: (job.variant.structure != "dense", todo.index(job.variant), -job.width))
-    finished: dict[Variant, list[Done]] = {}
-    ended = run_all(
-        run_job,
-        jobs,
-        console=console,
-        describe=lambda job: f"{job.variant.structure}, {job.variant.optimizer}, {job.width}",
-        workers=workers,
-    )
-    for job, done in ended:
-        finished.setdefault(job.variant, []).append(done)
-        if len(finished[job.variant]) == len(settings.widths):
-            parts = sorted(finished[job.variant], key=lambda part: part.job.width)
-            records = tuple(record for part in parts for record in part.records)
-            forecasts = tuple(forecast for part in parts for forecast in part.forecasts)
-            yield Checked(job.variant, CoordReport(records, forecasts, settings.steps))
+        records += [asdict(record) for record in measured]
+        forecasts = [asdict(forecast) for forecast in said]
+    return {"records": records, "forecasts": forecasts, "seconds": time.perf_counter() - start}
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
+
+
+def reports_of(results: Results) -> dict[Variant, CoordReport]:
+    """The report of every variant of which all widths are there."""
+    from structops.torch.coord_report import CoordReport, Forecast, Record
+
+    def read(kind: Any, rows: list[dict[str, Any]]) -> list[Any]:
+        return [kind(**{name: math.nan if value is None else value for name, value in row.items()}) for row in rows]
+
+    widths = {check.width for check in results}
+    parts: dict[Variant, dict[int, Any]] = {}
+    for check, result in results.items():
+        parts.setdefault(check.variant, {})[check.width] = (check, result)
+    reports = {}
+    for variant, found in parts.items():
+        if found.keys() != widths or len(widths) < 2:
+            continue
+        ordered = [found[width] for width in sorted(widths)]
+        records = tuple(record for _, result in ordered for record in read(Record, result["records"]))
+        forecasts = tuple(forecast for _, result in ordered for forecast in read(Forecast, result["forecasts"]))
+        reports[variant] = CoordReport(records, forecasts, ordered[0][0].steps)
+    return dict(sorted(reports.items(), key=lambda pair: list(RATES).index(pair[0].optimizer)))
 
 
 def worst(report: CoordReport) -> CoordRow:
@@ -229,70 +218,71 @@ def worst(report: CoordReport) -> CoordRow:
     return max(report.hidden, key=lambda row: abs(row.feature.value) if math.isfinite(row.feature.value) else math.inf)
 
 
-COLUMNS = ("optimizer", "structure", "rule", "feature change", "of layer", "own change", "predicted", "verdict")
-
-
-def summary_cells(checked: Sequence[Checked]) -> list[tuple[str, ...]]:
+def slopes_table(reports: dict[Variant, CoordReport]) -> Table:
     """One row a variant: the hidden layer that drifts most, and where to look."""
-    cells: list[tuple[str, ...]] = []
-    for one in sorted(checked, key=lambda one: list(RATES).index(one.variant.optimizer)):
-        row = worst(one.report)
-        verdict = "ok" if one.report.ok else f"{row.verdict}: {one.report.culprit}"
-        variant = one.variant
-        cells.append(
-            (
-                *(variant.optimizer, variant.structure, variant.rule, str(row.feature), row.layer, str(row.own)),
-                *(f"{row.predicted:+.2f}", verdict),
-            )
-        )
-    return cells
+    rows = []
+    for variant, report in reports.items():
+        row = worst(report)
+        verdict = "ok" if report.ok else f"{row.verdict}: {report.culprit}"
+        numbers = (str(row.feature), row.layer, str(row.own), f"{row.predicted:+.2f}", verdict)
+        rows.append((variant.optimizer, variant.structure, variant.rule, *numbers))
+    columns = ("optimizer", "structure", "rule", "feature change", "of layer", "own change", "predicted", "verdict")
+    return Table("Powers of width with which changes grow", columns, tuple(rows))
 
 
-def summary_table(checked: Sequence[Checked], settings: Settings) -> Any:
-    """The table of `summary_cells`."""
-    widths, seeds = ", ".join(map(str, settings.widths)), len(settings.seeds)
-    title = f"Powers of width after {settings.steps} steps; widths {widths}; {seeds} seed(s)"
-    result = table(title, COLUMNS, summary_cells(checked))
-    for column in result.columns:  # in a narrow terminal text goes on in the next line
-        column.overflow = "fold"
-    return result
+def layers_table(reports: dict[Variant, CoordReport]) -> Table:
+    """One row a variant and hidden layer."""
+    rows = tuple(
+        (variant.optimizer, variant.structure, variant.rule, row.layer, str(row.feature), str(row.own), row.verdict)
+        for variant, report in reports.items()
+        for row in report.hidden
+    )
+    columns = ("optimizer", "structure", "rule", "layer", "feature change", "own change", "verdict")
+    return Table("Powers of width, layer by layer", columns, rows)
 
 
-def _data(checked: Sequence[Checked], total: int, settings: Settings, seconds: float) -> dict[str, Any]:
-    return {
-        "machine": machine(),
-        "settings": asdict(settings),
-        "finished": f"{len(checked)} of {total}",
-        "seconds": seconds,
-        "checks": [{**asdict(one.variant), **json.loads(one.report.to_json())} for one in checked],
-    }
+def findings(reports: dict[Variant, CoordReport]) -> list[Finding]:
+    """What figure 2a of the paper shows, of the network trained by Adam."""
+    found = []
+    for variant, report in reports.items():
+        if variant.optimizer != "adam" or variant.rule not in ("paper", "naive"):
+            continue
+        row = worst(report)
+        here = f"steepest power {row.feature} ({row.layer})"
+        if variant.rule == "paper":
+            claim = f"{variant.structure}: with the paper's rule features change alike at all widths"
+            found.append(Finding(claim, "§4.2, Fig. 2a", here, report.ok))
+        elif variant.structure in ("btt", "kron"):
+            claim = f"{variant.structure}: with the naive rule they fall like width^-0.34"
+            found.append(Finding(claim, "§4.2, Fig. 2a", here, not report.ok and row.feature.value < 0))
+    return found
 
 
-def figure(checked: Sequence[Checked]) -> Any:
+def figure(reports: dict[Variant, CoordReport]) -> Any:
     """Change of features of the last hidden layer over width: a panel an optimiser, a colour a structure."""
-    from matplotlib.figure import Figure
-
-    chosen = list(dict.fromkeys(one.variant.optimizer for one in checked))
-    structures = list(dict.fromkeys(one.variant.structure for one in checked))
-    styles = dict(zip(RULES, ("-", "-.", ":", "--"), strict=True))
-    result = Figure(figsize=(1.5 + 4 * len(chosen), 4.2), layout="constrained")
-    panels = result.subplots(1, len(chosen), squeeze=False)[0]
-    for panel, optimizer in zip(panels, chosen, strict=True):
-        for one in checked:
-            if one.variant.optimizer != optimizer:
-                continue
-            widths, means = one.report.means(one.report.hidden[-1].layer, "", "feature")
-            color = f"C{structures.index(one.variant.structure)}"
-            panel.plot(widths, means, marker=".", color=color, linestyle=styles[one.variant.rule])
-        panel.set(xscale="log", yscale="log", xlabel="width", title=optimizer)
-        ticks = sorted({record.width for one in checked for record in one.report.records})
-        panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"change of features, {checked[0].report.hidden[-1].layer}")
-    lines = [(f"C{k}", "-", name) for k, name in enumerate(structures)]
-    lines += [("0.4", styles[rule], f"rule: {rule}") for rule in styles if any(o.variant.rule == rule for o in checked)]
-    for color, style, label in lines:
-        panels[-1].plot([], [], color=color, linestyle=style, label=label)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    chosen = list(dict.fromkeys(variant.optimizer for variant in reports))
+    structures = list(dict.fromkeys(variant.structure for variant in reports))
+    lines = dict(zip(RULES, ("-", "-.", ":", "--"), strict=True))
+    layer = ""
+    with figures.canvas(len(chosen)) as (result, panels):
+        for optimizer, panel in zip(chosen, panels, strict=True):
+            ticks: set[int] = set()
+            for variant, report in reports.items():
+                if variant.optimizer != optimizer:
+                    continue
+                layer = report.hidden[-1].layer
+                widths, means = report.means(layer, "", "feature")
+                look = figures.look(structures, variant.structure) | {"linestyle": lines[variant.rule]}
+                panel.plot(widths, means, **look)
+                ticks |= {int(width) for width in widths}
+            panel.set(xscale="log", yscale="log", xlabel="width", title=optimizer)
+            panel.set_xticks(sorted(ticks), labels=[str(tick) for tick in sorted(ticks)])
+            panel.minorticks_off()
+        panels[0].set_ylabel(f"change of features, {layer}")
+        for structure in structures:
+            panels[-1].plot([], [], label=structure, **(figures.look(structures, structure) | {"linestyle": "-"}))
+        for rule, line in lines.items():
+            if any(variant.rule == rule for variant in reports):
+                panels[-1].plot([], [], color="0.4", linestyle=line, label=f"rule: {rule}")
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return result

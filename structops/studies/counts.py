@@ -11,9 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
-from structops.report import table
+from structops.studies.lab.tables import Table
 from structops.studies.models import GPT, Model, ResidualMLP, ViT
 
 
@@ -83,23 +81,31 @@ def counts_table(rows: Iterable[PaperRow] = PAPER_ROWS) -> Table:
     Args:
         rows: Models, with or without a published number.
     """
-    columns = ("model", "structure", "width", "paper", "ours", "off", "MACs", "params", "activations")
-    cells = []
-    for row in rows:
-        off = "" if row.deviation is None else f"{row.deviation:+.2%}"
-        counts = ("", "", "") if row.headless else (f"{n:,}" for n in _three(row.model))
-        name = row.source + (", no head" if row.headless else "")
-        sizes = (row.model.structure, str(row.model.width), row.published, f"{row.macs:,}", off)
-        cells.append((name, *sizes, *counts))
-    return table(
-        "MACs of an example: paper and ours with norms, then ours without, parameters of layers, stored numbers",
-        columns,
-        cells,
+    cells = tuple(
+        (
+            row.source + (", no head" if row.headless else ""),
+            *(row.model.structure, row.model.width, row.published or None, row.macs),
+            None if row.deviation is None else f"{row.deviation:+.2%}",
+        )
+        for row in rows
     )
+    return Table("MACs of an example", ("model", "structure", "width", "paper", "ours", "off"), cells)
 
 
-def _three(model: Model) -> tuple[int, int, int]:
-    return model.macs, model.num_params, model.activations
+def layer_table(model: Model) -> Table:
+    """A row a linear layer, and the whole model; MACs and stored numbers are per example."""
+    cells: list[tuple[Any, ...]] = [
+        (
+            *(layer.name, layer.structure, layer.in_features, layer.out_features, layer.uses),
+            *(layer.cost.num_params, layer.uses * layer.cost.macs),
+        )
+        for layer in model.layers()
+    ]
+    cells.append(("attention", "", None, None, None, None, model.attention_macs))
+    cells.append(("all", "", None, None, None, model.num_params, model.macs))
+    title = f"{model.macs_with_norms:,} MACs with 5 per element of norms; {model.activations:,} stored numbers"
+    columns = ("layer", "structure", "in", "out", "uses", "params", "MACs")
+    return Table(title, columns, tuple(cells))
 
 
 def count(model: Model) -> dict[str, Any]:

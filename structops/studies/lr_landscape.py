@@ -9,37 +9,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from torch.nn import functional
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 from structops.errors import StructureError
-from structops.report import machine, table, write_figure, write_json
 from structops.spec import structure
 from structops.studies.data import digits
-from structops.studies.lab.pool import run_all
-from structops.studies.lab.store import locked
-from structops.studies.lr_sweep import Point, SweepReport, append, load
-from structops.studies.network import RULES, build, optimizers
+from structops.studies.lab import figures
+from structops.studies.lab.config import option
+from structops.studies.lab.study import Finding, Report, Results, Study, Work
+from structops.studies.lab.tables import Table
+from structops.studies.lr_sweep import Point, SweepReport
+from structops.studies.rules import RULES, check_names, rule_of
 from structops.studies.training import Recipe, epochs
 
-STRUCTURES = ("dense", "btt")
-RULE_NAMES = ("paper", "naive")
-WIDTHS = (64, 128, 256)
 LAST = 10  # steps whose mean loss counts
+MOST = 1000  # rates of a grid
 
 
 @dataclass(frozen=True)
-class Landscape:
-    """What a sweep is of.
+class Trial:
+    """One training.
 
     Attributes:
         structure: Of the hidden layers.
         rule: A name of `RULES`.
+        width: Of the residual stream.
+        lr: Learning rate of the dense network of width 64.
+        seed: Of initial values and batches.
         epochs: Passes over the training images, with noise on the pixels.
         expansion: Width inside a block, relative to that of the residual stream.
         hidden_only: Whether the rate is that of hidden layers alone, while the input layer and the head keep theirs.
@@ -47,42 +44,106 @@ class Landscape:
 
     structure: str
     rule: str
-    epochs: int = 6
-    expansion: int = 4
-    hidden_only: bool = True
-
-    @property
-    def label(self) -> str:
-        """All of it as text, the name of the sweep in the file of results."""
-        layers = "hidden" if self.hidden_only else "all"
-        return f"{self.structure}|{self.rule}|epochs={self.epochs}|expansion={self.expansion}|{layers}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training."""
-
-    landscape: Landscape
     width: int
     lr: float
     seed: int
+    epochs: int
+    expansion: int = 4
+    hidden_only: bool = True
 
 
-def run_job(job: Job) -> Point:
+@dataclass(frozen=True)
+class LrLandscape(Study):
+    """Does the best learning rate stay the same as the network grows?  Train at every width and rate.
+
+    Attributes:
+        structures: Of the hidden layers.
+        rules: Of `RULES`; for a dense network all are the same, and the first is taken.
+        widths: Of the networks.
+        lrs: Powers of two of the rates, ``first:last`` or ``first:last:step``.
+        seed: First seed.
+        seeds: Number of seeds.
+        epochs: Passes over the training images.
+        all_layers: Whether the rates of input layer and head are swept, too.
+    """
+
+    name: ClassVar[str] = "lr-landscape"
+    title: ClassVar[str] = "Learning-rate landscape"
+
+    structures: Annotated[tuple[str, ...], option(help="Specs of the hidden layers.")] = ("dense", "btt")
+    rules: Annotated[tuple[str, ...], option(help="Of paper, corrected and naive.")] = ("paper", "naive")
+    widths: Annotated[tuple[int, ...], option(help="Widths, at least two.")] = (64, 128, 256)
+    lrs: Annotated[str, option(help="Powers of two of the learning rates, first:last or first:last:step.")] = "-12:-2"
+    seed: Annotated[int, option(help="First seed.")] = 0
+    seeds: Annotated[int, option(min=1, help="Number of seeds.")] = 2
+    epochs: Annotated[int, option(min=1, help="Passes over the training images.")] = 6
+    all_layers: Annotated[bool, option("--all-layers", help="Sweep the rates of input layer and head, too.")] = False
+
+    def __post_init__(self) -> None:
+        """Check names and the grid."""
+        check_names(self.rules, RULES)
+        if len(set(self.widths)) < 2:
+            raise StructureError(f"a landscape needs two widths, got {self.widths}")
+        powers(self.lrs)
+
+    def runs(self) -> Sequence[Trial]:
+        """Every structure, rule, width, rate and seed."""
+        return [
+            Trial(spec, rule, width, 2.0**power, seed, self.epochs, hidden_only=not self.all_layers)
+            for spec in self.structures
+            for rule in (self.rules[:1] if structure(spec).name == "dense" else self.rules)
+            for width in sorted(set(self.widths))
+            for power in powers(self.lrs)
+            for seed in range(self.seed, self.seed + self.seeds)
+        ]
+
+    def work(self) -> Work:
+        """Train."""
+        return Work(run_trial, lambda trial: f"{trial.structure}, {trial.rule}, width {trial.width}, seed {trial.seed}")
+
+    def report(self, results: Results) -> Report:
+        """Best rates of every width, and the losses over rates."""
+        reports = reports_of(results)
+        return Report({"rates": rates_table(reports)}, {"losses": figure(reports)}, findings(reports))
+
+
+def powers(text: str) -> list[float]:
+    """The numbers of ``first:last:step``, ascending.
+
+    Raises:
+        StructureError: It is no such text, or gives fewer than three numbers.
+    """
+    try:
+        first, last, *rest = (float(part) for part in text.split(":"))
+        step = rest[0] if len(rest) == 1 else 1.0
+        values = [first + k * step for k in range(int((last - first) / step + 1e-9) + 1)] if len(rest) < 2 else []
+    except (ValueError, ZeroDivisionError, OverflowError):
+        values = []
+    if not 3 <= len(values) <= MOST or values[0] > values[-1] or not -100 <= values[0] <= values[-1] <= 100:
+        raise StructureError(f"expected first:last or first:last:step with three or more powers of two, got {text!r}")
+    return values
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
     """Train one network in this process."""
-    return Point(job.width, job.lr, job.seed, train(job), job.landscape.label)
+    start = time.perf_counter()
+    return {"loss": train(trial), "seconds": time.perf_counter() - start}
 
 
-def train(job: Job) -> float:
+def train(trial: Trial) -> float:
     """Mean loss of the last steps of a training; infinite once it is not finite."""
-    what, data = job.landscape, digits()
+    import torch
+    from torch.nn import functional
+
+    from structops.studies.network import build, optimizers
+
+    data = digits()
     with torch.random.fork_rng():
-        torch.manual_seed(job.seed)
-        model = build(what.structure, job.width, what.expansion)
-        rule = RULES[what.rule]("adam")
-        made = optimizers(model, rule, job.lr, what.expansion, hidden_only=what.hidden_only)
+        torch.manual_seed(trial.seed)
+        model = build(trial.structure, trial.width, trial.expansion)
+        made = optimizers(model, rule_of(trial.rule, "adam"), trial.lr, trial.expansion, hidden_only=trial.hidden_only)
         losses: list[float] = []
-        for images, labels in epochs(data, Recipe(epochs=what.epochs), job.seed):
+        for images, labels in epochs(data, Recipe(epochs=trial.epochs), trial.seed):
             for x, y in zip(torch.from_numpy(images), torch.from_numpy(labels), strict=True):
                 loss = functional.cross_entropy(model(x), y)
                 for optimizer in made:
@@ -96,113 +157,62 @@ def train(job: Job) -> float:
     return sum(losses[-LAST:]) / len(losses[-LAST:])
 
 
-def lr_landscape(
-    *,
-    structures: Sequence[str],
-    rules: Sequence[str],
-    widths: Sequence[int],
-    lrs: Sequence[float],
-    seeds: Sequence[int],
-    passes: int,
-    hidden_only: bool = True,
-    out: Path,
-    console: Console,
-    workers: int | None = None,
-) -> dict[Landscape, SweepReport]:
-    """Sweep; write ``lr-landscape.jsonl`` as it goes, then ``lr-landscape.json`` and ``lr-landscape.png``.
-
-    Stopped in any way and started again with the same folder, it goes on where it was.
-
-    Args:
-        structures: Specs of the hidden layers.
-        rules: Of `RULES`; for a dense network all are the same, and the first is taken.
-        widths: Of the networks.
-        lrs: Learning rates of the dense network of width 64.
-        seeds: Seeds of initial values and batches.
-        passes: Passes over the training images.
-        hidden_only: Whether the rate is that of hidden layers alone.
-        out: Folder of the files.
-        console: Where the table and the progress go.
-        workers: Processes; one a core if not given, none with 0.
-
-    Raises:
-        StructureError: A rule or structure is unknown, or there are less than three rates.
-    """
-    if unknown := [name for name in rules if name not in RULES]:
-        raise StructureError(f"{', '.join(unknown)} not among {'; '.join(RULES)}")
-    if len(set(lrs)) < 3:
-        raise StructureError("a landscape needs three learning rates")
-    landscapes = [
-        Landscape(spec, rule, passes, hidden_only=hidden_only)
-        for spec in structures
-        for rule in (rules[:1] if structure(spec).name == "dense" else rules)
-    ]
-    file = out / "lr-landscape.jsonl"
-    found = {(p.label, p.width, p.lr, p.seed): p for p in load(file)}
-    jobs = [Job(what, width, lr, seed) for what in landscapes for width in widths for lr in lrs for seed in seeds]
-    todo = [job for job in jobs if (job.landscape.label, job.width, job.lr, job.seed) not in found]
-    start = time.perf_counter()
-    with locked(out):
-        ended = run_all(
-            run_job,
-            todo,
-            console=console,
-            describe=lambda job: f"{job.landscape.structure}, {job.landscape.rule}, width {job.width}",
-            workers=workers,
-            done=len(jobs) - len(todo),
-        )
-        for _, point in ended:
-            append(file, point)
-            found[point.label, point.width, point.lr, point.seed] = point
-    reports = {
-        what: SweepReport(tuple(found[what.label, width, lr, seed] for width in widths for lr in lrs for seed in seeds))
-        for what in landscapes
-    }
-    data = [{**asdict(what), **report.to_data()} for what, report in reports.items()]
-    write_json(out / "lr-landscape.json", {"machine": machine(), "sweeps": data})
-    write_figure(out / "lr-landscape.png", figure(reports))
-    console.print(summary_table(reports))
-    seconds = time.perf_counter() - start
-    console.print(f"{len(todo)} of {len(jobs)} trainings were new, {seconds:.0f} s; in {out}")
-    return reports
-
-
 # ------------------------------------------------------------------------------------------------------------ reporting
 
-COLUMNS = ("structure", "rule", "log2 of best lr", "flat octaves", "octaves a doubling", "cost of transfer", "verdict")
+
+def reports_of(results: Results) -> dict[tuple[str, str], SweepReport]:
+    """The sweep of every structure and rule."""
+    found: dict[tuple[str, str], list[Point]] = {}
+    for trial, result in results.items():
+        loss = math.nan if result["loss"] is None else result["loss"]
+        found.setdefault((trial.structure, trial.rule), []).append(Point(trial.width, trial.lr, trial.seed, loss))
+    return {key: SweepReport(tuple(points)) for key, points in found.items()}
 
 
-def summary_cells(reports: dict[Landscape, SweepReport]) -> list[tuple[str, ...]]:
+def rates_table(reports: dict[tuple[str, str], SweepReport]) -> Table:
     """One row a sweep; the best rates are those of the widths in ascending order."""
-    return [
+    rows = tuple(
         (
-            *(what.structure, what.rule),
+            *key,
             " / ".join(f"{o.log2_lr:.1f}" + ("*" if o.edge else "") for o in report.optima),
             " / ".join(f"{o.flatness:.1f}" for o in report.optima),
             *(f"{report.drift:+.2f}", f"x {report.penalty:.2f}", report.verdict),
         )
-        for what, report in reports.items()
-    ]
+        for key, report in reports.items()
+    )
+    columns = (
+        "structure",
+        "rule",
+        "log2 of best lr",
+        "flat octaves",
+        "octaves a doubling",
+        "cost of transfer",
+        "verdict",
+    )
+    widths = " / ".join(str(width) for width in next(iter(reports.values())).widths) if reports else ""
+    return Table(f"Best learning rates at widths {widths}; * at the end of the grid", columns, rows)
 
 
-def summary_table(reports: dict[Landscape, SweepReport]) -> Any:
-    """The table of `summary_cells`."""
-    widths = " / ".join(map(str, next(iter(reports.values())).widths))
-    result = table(f"Best learning rates at widths {widths}; * at the end of the grid", COLUMNS, summary_cells(reports))
-    for column in result.columns:  # in a narrow terminal text goes on in the next line
-        column.overflow, column.no_wrap = "fold", False
-    return result
+def findings(reports: dict[tuple[str, str], SweepReport]) -> list[Finding]:
+    """What figure 2b of the paper shows."""
+    found = []
+    for (spec, rule), report in reports.items():
+        here = f"best rate moves by {report.drift:+.2f} octaves a doubling, which costs x {report.penalty:.2f}"
+        if rule == "naive":
+            claim = f"{spec}: with the naive rule the best rate drifts with the width"
+            found.append(Finding(claim, "§4.2, Fig. 2b", here, report.verdict == "drift"))
+        elif rule == "paper":
+            claim = f"{spec}: with the paper's rule the best rate stays"
+            found.append(Finding(claim, "§4.2, Fig. 2b", here, report.verdict != "drift"))
+    return found
 
 
-def figure(reports: dict[Landscape, SweepReport]) -> Any:
+def figure(reports: dict[tuple[str, str], SweepReport]) -> Any:
     """Loss over learning rate, a panel a sweep."""
-    from matplotlib.figure import Figure
-
-    result = Figure(figsize=(4 * len(reports), 3.8), layout="constrained")
-    panels = result.subplots(1, len(reports), sharey=True, squeeze=False)[0]
-    for panel, (what, report) in zip(panels, reports.items(), strict=True):
-        report.draw(panel)
-        panel.set_title(what.structure if what.structure == "dense" else f"{what.structure}, {what.rule} rule")
-    panels[0].set_ylabel(f"training loss, last {LAST} steps")
-    panels[0].legend(frameon=False)
+    with figures.canvas(max(1, len(reports)), sharey=True) as (result, panels):
+        for panel, ((spec, rule), report) in zip(panels, reports.items(), strict=False):
+            report.draw(panel)
+            panel.set_title(spec if spec == "dense" else f"{spec}, {rule} rule")
+        panels[0].set_ylabel(f"training loss, last {LAST} steps")
+        panels[0].legend()
     return result

@@ -6,7 +6,6 @@ whose ``down`` starts at zero, and a dense head that starts at zero; no biases.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +14,10 @@ from torch import nn
 from structops.mup import Rule
 from structops.studies.mlp import MLP
 from structops.studies.models.mlp import INPUT_RATE, ResidualMLP
+from structops.studies.rules import RATES
 from structops.torch import Muon, param_groups, plan, split
 
 BASE = 64
-
-# Learning rate of the dense network of width 64; that of Adam also beside Muon.  SGD from a head of zeros is a race
-# between blocks, which at 0.3 amplifies chance differences of the start; at 0.1 and below slopes do not depend on it.
-RATES = {"adam": 3e-3, "sgd": 0.1, "muon": 2e-2}
-
-RULES: dict[str, Callable[[str], Rule]] = {
-    "paper": lambda optimizer: Rule(optimizer),
-    "blocks": lambda optimizer: Rule(optimizer, block_count=True),
-    "corrected": lambda optimizer: Rule(optimizer, block_count=True, share_exponent=0.5),
-    "naive": lambda optimizer: Rule(optimizer, structure_aware=False),
-}
 
 
 def network(structure: str, width: int, expansion: int = 4) -> ResidualMLP:

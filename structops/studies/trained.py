@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from structops.errors import StructureError
 from structops.studies.data import Augment, Task
 from structops.studies.lab.config import option
-from structops.studies.lab.study import Study
+from structops.studies.lab.study import Study, Work
 from structops.studies.models import GPT, MODELS, Model, ResidualMLP, ViT, width_for
 from structops.studies.runs import Data, Recipe, Run
 
@@ -40,6 +40,7 @@ class Trained(Study):
         seeds: Number of seeds.
         noise: Deviation of noise on inputs.
         crop: Pixels by which images are shifted.
+        resized_crop: Least share of the area of random resized crops.
         flip: Whether images are mirrored.
         mixup: Parameter of MixUp.
         smoothing: Of labels.
@@ -74,6 +75,9 @@ class Trained(Study):
     seeds: Annotated[int, option(min=1, help="Number of seeds.")] = 2
     noise: Annotated[float, option(min=0, help="Deviation of Gaussian noise on inputs that are no text.")] = 0.0
     crop: Annotated[int, option(min=0, help="Pixels by which images are shifted at random; of images only.")] = 3
+    resized_crop: Annotated[
+        float, option(min=0, max=1, help="Least share of the area of random resized crops; 0 for none; of images only.")
+    ] = 0.0
     flip: Annotated[bool, option("--flip", help="Mirror images at random; of images only.")] = False
     mixup: Annotated[float, option(min=0, help="Parameter of MixUp.")] = 0.0
     smoothing: Annotated[float, option(min=0, help="Label smoothing.")] = 0.0
@@ -95,6 +99,12 @@ class Trained(Study):
         if self.error not in ERRORS:
             raise StructureError(f"error {self.error!r} not among {', '.join(ERRORS)}")
 
+    def work(self) -> Work:
+        """Train in torch."""
+        from structops.studies.trainer import Job, forget, train
+
+        return Work(train, describe, Job, forget)
+
     @cached_property
     def source(self) -> Data:
         """The data with what is done to it."""
@@ -106,6 +116,7 @@ class Trained(Study):
         augment = Augment(
             noise=self.noise,
             crop=self.crop if images else 0,
+            resized_crop=(self.resized_crop, 1.0) if images and self.resized_crop else None,
             flip=self.flip and images,
             mixup=self.mixup,
             smoothing=self.smoothing,

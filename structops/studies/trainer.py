@@ -181,7 +181,11 @@ def _slower_input(model: nn.Module, groups: list[dict[str, Any]], names: tuple[s
 
 
 def measures(out: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Loss and error of the outputs; the target of a mixture of two images counts as its larger part."""
+    """Loss and error of the outputs.
+
+    Images that are mixed in pairs count, as in the paper's code, with the larger part of the batch's pairs or with the
+    smaller one, whichever has fewer errors.
+    """
     if task.kind == "regression":
         loss = functional.mse_loss(out.squeeze(-1), y)
         return loss, loss.detach()
@@ -189,5 +193,6 @@ def measures(out: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         loss = functional.cross_entropy(out.flatten(0, -2), y.flatten())
         return loss, loss.detach()
     loss = functional.cross_entropy(out, y)
-    labels = y.argmax(-1) if y.ndim == 2 else y
-    return loss, (out.detach().argmax(-1) != labels).double().mean()
+    guess = out.detach().argmax(-1, keepdim=True)
+    labels = y.topk(2).indices if y.ndim == 2 else y[:, None]
+    return loss, (guess != labels).double().mean(0).amin()

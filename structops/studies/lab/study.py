@@ -91,6 +91,23 @@ class Report:
         return Table("The paper's findings", ("finding", "source", "here", "appears"), rows)
 
 
+@dataclass(frozen=True)
+class Work:
+    """How the runs of a study are done.
+
+    Attributes:
+        train: From what ``prepare`` gives to a result; of a module, so that another process finds it.
+        describe: A few words on a run.
+        prepare: What ``train`` gets for a run and the folder; by default the run.
+        forget: Called with a run and the folder once its result is on disk: its checkpoint can go.
+    """
+
+    train: Callable[[Any], Result]
+    describe: Callable[[Any], str]
+    prepare: Callable[[Any, Path], Any] = lambda run, folder: run
+    forget: Callable[[Any, Path], None] = lambda run, folder: None
+
+
 class Study(ABC):
     """Settings of a study, a frozen dataclass with an `option` for every field."""
 
@@ -102,20 +119,15 @@ class Study(ABC):
         """The trainings, each a frozen dataclass; those that are equal are done once."""
 
     @abstractmethod
+    def work(self) -> Work:
+        """How they are done; libraries that compute are imported here, and not before."""
+
+    @abstractmethod
     def report(self, results: Results) -> Report:
         """Tables, figures and findings of the trainings that ended."""
 
 
-def conduct(
-    study: Study,
-    execution: Execution,
-    train: Callable[[Any], Result],
-    *,
-    console: Console,
-    describe: Callable[[Any], str],
-    forget: Callable[[Any, Path], None] = lambda run, folder: None,
-    prepare: Callable[[Any, Path], Any] = lambda run, folder: (run, folder),
-) -> Report:
+def conduct(study: Study, execution: Execution, console: Console) -> Report:
     """Run what is not there yet, and write the report.
 
     Every result is on disk as soon as it is there, and trainings keep checkpoints, so that a study may be ended in any
@@ -124,26 +136,22 @@ def conduct(
     Args:
         study: What to do.
         execution: How.
-        train: From what ``prepare`` gives to a result; of a module, so that another process finds it.
         console: Where tables and the progress go.
-        describe: A few words on a run.
-        forget: Called once a result is on disk: its checkpoint can go.
-        prepare: What ``train`` gets for a run and the folder.
     """
     out, start = execution.out, time.perf_counter()
-    runs = list(dict.fromkeys(study.runs()))
+    runs, work = list(dict.fromkeys(study.runs())), study.work()
     with ranks.joined() as group, locked(out) if group.leads else nullcontext():
         store = Store(out)
         todo = group.share([run for run in runs if store.get(run) is None])
         if group.leads:
             write_config(study, out / "config.yaml")
         if not execution.only_report:
-            jobs = {prepare(run, out): run for run in todo}
+            jobs = {work.prepare(run, out): run for run in todo}
             ended = run_all(
-                train,
+                work.train,
                 list(jobs),
                 console=console if group.leads else Console(quiet=True),
-                describe=lambda job: describe(jobs[job]),
+                describe=lambda job: work.describe(jobs[job]),
                 # Under torchrun all processes work on one training after the other.
                 workers=0 if group.size > 1 else execution.workers or None,
                 executor=execution.executor,
@@ -152,7 +160,7 @@ def conduct(
             for job, result in ended:
                 if group.leads:
                     store.add(jobs[job], result)
-                    forget(jobs[job], out)
+                    work.forget(jobs[job], out)
         if not group.leads:
             return Report()
         results = {run: found for run in runs if (found := store.get(run)) is not None}

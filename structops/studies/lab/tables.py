@@ -46,8 +46,10 @@ class Table:
     def to_rich(self) -> RichTable:
         """A table of the terminal with rounded numbers."""
         table = report.table(self.title, self.columns, [shown(row) for row in self.rows])
-        for column in table.columns:  # in a narrow terminal text goes on in the next line
+        for index, column in enumerate(table.columns):  # in a narrow terminal text goes on in the next line
             column.overflow, column.no_wrap = "fold", False
+            if self.rows and isinstance(self.rows[0][index], str):
+                column.justify = "left"
         return table
 
 

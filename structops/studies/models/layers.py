@@ -9,12 +9,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from structops.errors import StructureWarning
-from structops.routed import Routed
 from structops.spec import ChainPlan, Structure, structure
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from structops.routed import Routed
 
 
 class Cost(NamedTuple):
@@ -44,7 +45,11 @@ def quiet() -> Iterator[None]:
 
 def routed(spec: str) -> Routed | None:
     """The mixture of a text such as ``routed(structure=btt, experts=8, top_k=2)``; None for a structure."""
-    return Routed.parse(spec) if spec.startswith("routed") else None
+    if not spec.startswith("routed"):
+        return None
+    from structops.routed import Routed  # which imports the rules of muP and, with them, CoLA: seconds
+
+    return Routed.parse(spec)
 
 
 def family(spec: str) -> Structure:
