@@ -231,14 +231,18 @@ def slopes_table(reports: dict[Variant, CoordReport]) -> Table:
 
 
 def layers_table(reports: dict[Variant, CoordReport]) -> Table:
-    """One row a variant and hidden layer."""
-    rows = tuple(
-        (variant.optimizer, variant.structure, variant.rule, row.layer, str(row.feature), str(row.own), row.verdict)
-        for variant, report in reports.items()
-        for row in report.hidden
-    )
-    columns = ("optimizer", "structure", "rule", "layer", "feature change", "own change", "verdict")
-    return Table("Powers of width, layer by layer", columns, rows)
+    """One row a variant, one column a hidden layer: the powers of its feature change; and the steepest own change."""
+    rows = []
+    for variant, report in reports.items():
+        own = max(report.hidden, key=lambda row: abs(row.own.value) if math.isfinite(row.own.value) else math.inf)
+        changes = (str(row.feature) for row in report.hidden)
+        steepest = worst(report)
+        verdict = "ok" if report.ok else steepest.verdict
+        names = (variant.optimizer, variant.structure, variant.rule)
+        rows.append((*names, *changes, str(own.own), f"{steepest.predicted:+.2f}", verdict))
+    layers = tuple(row.layer.removeprefix("blocks.") for row in next(iter(reports.values())).hidden)
+    columns = ("optimizer", "structure", "rule", *layers, "own, worst", "predicted", "verdict")
+    return Table("Powers of width, layer by layer", columns, tuple(rows))
 
 
 def findings(reports: dict[Variant, CoordReport]) -> list[Finding]:

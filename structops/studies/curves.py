@@ -104,8 +104,7 @@ def cost_figure(
                 text = name if not (cost == "macs" and curve.law) else f"{name}, α = {-curve.law.exponent:.3f}"
                 panel.errorbar(x, y, yerr=bars, label=text, capsize=2, elinewidth=0.8, **look)
             panel.set(xscale="log", yscale="log", xlabel=COSTS[cost])
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            figures.log_ticks(panel)
         panels[0].set_ylabel(NAMES[error])
         # The names carry the exponents of the first panel; beside the panels they hide no point.
         panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)

@@ -56,8 +56,7 @@ def rate_figure(found: dict[Key, dict[float, float]], error: str) -> Any:
                     transform=panel.get_xaxis_transform(),
                 )
             panel.set(xscale="log", yscale="log", xlabel="learning rate of the dense network", title=name)
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            figures.log_ticks(panel)
         panels[0].set_ylabel(NAMES[error])
         handles = {
             text: line for panel in panels for line, text in zip(*panel.get_legend_handles_labels(), strict=True)

@@ -52,6 +52,17 @@ def look(labels: Sequence[str], label: str) -> dict[str, Any]:
     }
 
 
+def log_ticks(panel: Any) -> None:
+    """Powers of ten and three times them on the cost, all digits on the error, none of them on top of each other."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.xaxis.set_major_formatter(LogFormatterSciNotation())
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
+
+
 def write(figure: Any, path: Path) -> None:
     """Write ``path`` with .svg and with .png; the bytes depend on nothing but the figure."""
     import matplotlib as mpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -167,7 +168,9 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
         seconds = time.perf_counter() - start
         console.print(f"{len(results)} of {len(runs)} trainings are there, {len(todo)} were not; {seconds:.0f} s")
         report = study.report(results)
-        write(report, study, results, out)
+        if (todo and not execution.only_report) or not (out / "facts.json").exists():
+            write_json(out / "facts.json", facts_of(results))
+        write(report, study, out)
     for table in list(report.tables.values())[:1]:  # a terminal is too narrow for the others
         console.print(table.to_rich())
     for finding in report.findings:
@@ -178,7 +181,18 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
     return report
 
 
-def write(report: Report, study: Study, results: Results, out: Path) -> None:
+def facts_of(results: Results) -> dict[str, Any]:
+    """The command, what the trainings took, and where they ran."""
+    return {
+        "command": shlex.join(["structops", *sys.argv[1:]]),
+        "trainings": len(results),
+        "seconds of training": round(sum(result.get("seconds", 0.0) for result in results.values())),
+        "cores": os.cpu_count(),
+        "machine": machine(),
+    }
+
+
+def write(report: Report, study: Study, out: Path) -> None:
     """Write tables as CSV and Markdown, figures as SVG and PNG, and a page that shows all of them."""
     tables = {**report.tables, **({"findings": report.finding_table} if report.findings else {})}
     for name, table in tables.items():
@@ -186,18 +200,10 @@ def write(report: Report, study: Study, results: Results, out: Path) -> None:
         write_text(out / f"{name}.md", table.to_markdown())
     for name, figure in report.figures.items():
         figures.write(figure, out / name)
-    trained = sum(result.get("seconds", 0.0) for result in results.values())
-    facts = {
-        "command": shlex.join(["structops", *sys.argv[1:]]),
-        "trainings": len(results),
-        "seconds of training": round(trained),
-        "cores": os.cpu_count(),
-        "machine": machine(),
-    }
-    write_json(out / "facts.json", facts)
+    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
     lines = [f"# {study.title}", ""]
     lines += [f"`{facts['command']}` (all settings: `config.yaml`)", ""]
-    lines += [f"{len(results)} trainings, {trained:.0f} seconds of training in all.", ""]
+    lines += [f"{facts['trainings']} trainings, {facts['seconds of training']} seconds of training in all.", ""]
     lines += [f"![{name}]({name}.svg)\n" for name in report.figures]
     lines += [f"## {table.title}\n\n{table.to_markdown()}" for table in tables.values()]
     write_text(out / "report.md", "\n".join(lines))
