@@ -24,11 +24,11 @@ def table(folder: str, name: str) -> str:
 def facts(folder: str) -> str:
     """The command of a study, what it took and where it ran."""
     data = json.loads((ASSETS / folder / "facts.json").read_text(encoding="utf-8"))
-    where = data["machine"]
+    where, count = data["machine"], f"{data['seconds of training']:,}"
     return (
         f"```bash\n{data['command']}\n```\n\n"
-        f"{data['trainings']} trainings, {data['seconds of training']:,} seconds of training, two at a time with a "
-        f"thread each, on {data['cores']} {where['machine']} cores; torch {where['versions']['torch']}, Python "
+        f"{data['trainings']} trainings, {count} seconds of training, {data['at once']} at a time "
+        f"with a thread each, on {data['cores']} {where['machine']} cores; torch {where['versions']['torch']}, Python "
         f"{where['python']}. All settings are in `docs/assets/studies/{folder}/config.yaml`, all results in "
         f"`results.jsonl` beside it.\n"
     )

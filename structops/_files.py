@@ -18,6 +18,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
         os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)
     except BaseException:

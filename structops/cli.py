@@ -226,13 +226,14 @@ def _some_of(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
 
 def _study(run: Callable[[], Any]) -> None:
     """Run a study; a wrong name or wrong data end with 2, an interrupt with 130, what is not installed with 1."""
-    from structops.errors import DataError, ShapeError, StructureError
+    from structops.errors import CheckpointError, DataError, ShapeError, StructureError
+    from structops.studies.lab.pool import WorkerError
 
     try:
         run()
     except (DataError, ShapeError, StructureError) as error:
         raise typer.BadParameter(str(error)) from None
-    except ImportError as error:
+    except (CheckpointError, ImportError, WorkerError) as error:
         console.print(str(error), markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

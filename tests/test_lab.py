@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from structops.errors import StructureError
 from structops.studies.lab import figures
 from structops.studies.lab.config import command, option, read_config, write_config
-from structops.studies.lab.frontier import Curve, Point, cost_ratio, hull
+from structops.studies.lab.frontier import Curve, Point, Ratio, cost_ratio, hull
 from structops.studies.lab.pool import WorkerError, run_all
 from structops.studies.lab.store import Store, append_line, locked, read_lines
 from structops.studies.lab.study import Execution, Finding, Report, Study, Work, conduct
@@ -128,6 +128,12 @@ def test_results_are_found_again(tmp_path: Path) -> None:
     assert again.get(Run(1)) == store.get(Run(1)) == {"loss": None, "curve": [1.0, None]}
     assert again.get(Run(2)) is None
     assert again.get(Run(1, "other")) is None
+
+
+def test_equal_settings_are_one_run(tmp_path: Path) -> None:
+    Store(tmp_path).add(Run(1), {"loss": 1.0})
+    assert Store(tmp_path).get(Run(1.0)) == {"loss": 1.0}  # type: ignore[arg-type]
+    assert Store(tmp_path).get(Run(1.5)) is None  # type: ignore[arg-type]
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
@@ -234,12 +240,17 @@ def test_the_standard_error_is_that_of_least_squares() -> None:
 def test_the_ratio_of_costs_at_equal_error() -> None:
     reference = Curve.of("dense", [Point(c, c**-0.1, 0, 0) for c in (10, 100, 1000)])
     better = Curve.of("btt", [Point(c / 5, c**-0.1, 0, 0) for c in (10, 100, 1000)])
-    assert cost_ratio(better, reference) == pytest.approx(5)
-    assert cost_ratio(reference, better) == pytest.approx(1 / 5)
+    assert cost_ratio(better, reference) == Ratio(pytest.approx(1 / 5))
+    assert cost_ratio(reference, better) == Ratio(pytest.approx(5))
     # The curve that falls further is read where the other one ends.
     longer = Curve.of("btt", [Point(c / 5, c**-0.1, 0, 0) for c in (10, 100, 1000, 10_000)])
-    assert cost_ratio(longer, reference) == pytest.approx(5)
+    assert cost_ratio(longer, reference) == Ratio(pytest.approx(1 / 5))
     assert cost_ratio(Curve("none", ()), reference) is None
+    # A curve that starts below the lowest error of the other one has only a bound.
+    worse = Curve.of("kron", [Point(c, 1.0, 0, 0) for c in (10, 100)])
+    assert cost_ratio(worse, reference) == Ratio(1.0, "≥")
+    assert cost_ratio(reference, worse) == Ratio(1.0, "≤")
+    assert str(Ratio(54.61, "≥")) == "≥ 54.6"
 
 
 def test_a_training_that_diverged_is_no_point() -> None:

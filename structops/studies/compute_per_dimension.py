@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -47,9 +48,9 @@ class ComputePerDimension(ScalingLaws):
                 "btt(rank=8)",
                 "macs",
             ),
-            ("Dense layers are the worst per MAC", "§5, Fig. 5", "btt", "dense", "macs"),
+            ("BTT is better per MAC than dense", "§5, Fig. 5", "btt", "dense", "macs"),
             ("Many MACs per dimension spend memory better", "§5, Fig. 6", "btt(rank=8)", "btt", "activations"),
-            ("Dense layers are the best per stored number", "§5, Fig. 6", "dense", "btt", "activations"),
+            ("Dense is better per stored number than BTT", "§5, Fig. 6", "dense", "btt", "activations"),
             ("Two cores spend MACs better than three", "§5, Fig. 11", "btt", "btt(num_cores=3)", "macs"),
             (
                 "Monarch: 8 blocks are better than 2",
@@ -87,8 +88,8 @@ class Memory(ComputePerDimension):
         rows = []
         for name, networks in grouped(results).items():
             for model, found in networks.items():
-                state, kept = 16 * model.num_params, 4 * self.batch * model.activations
-                error = sum(float(row[self.error] or float("nan")) for row in found) / len(found)
+                state, kept = 16 * model.all_params, 4 * self.batch * model.activations
+                error = sum(math.inf if row[self.error] is None else row[self.error] for row in found) / len(found)
                 rows.append((name, model.width, error, state, kept, state + kept))
         columns = ("structure", "width", "error", "parameters, gradients, Adam", "activations of a batch", "together")
         return Table("Bytes of training in float32", columns, tuple(rows))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from structops.power_law import Fit
 from structops.studies.lab import figures
-from structops.studies.lab.frontier import Curve, Point, cost_ratio
+from structops.studies.lab.frontier import Curve, Point, Ratio, cost_ratio
 from structops.studies.lab.study import Finding, Results
 from structops.studies.lab.tables import Table
 from structops.studies.runs import Run
@@ -74,7 +74,7 @@ def laws_table(results: Results, error: str, reference: str = "dense", label: La
     for name, curve in by_cost["macs"].items():
         law = curve.law
         ratios = [
-            _inverse(cost_ratio(by_cost[cost][name], by_cost[cost][reference])) if reference in by_cost[cost] else None
+            _text(cost_ratio(by_cost[cost][name], by_cost[cost][reference])) if reference in by_cost[cost] else None
             for cost in COSTS
         ]
         best = curve.best.error if curve.best else None
@@ -112,11 +112,21 @@ def cost_figure(
 
 
 def steeper(curve: Curve | None, other: Curve | None) -> bool | None:
-    """Whether a curve falls faster than another by more than both standard errors; None where that cannot be told."""
+    """Whether a curve falls faster than another, at the 5 % level of a t test; None where that cannot be told."""
     ours, theirs = (one.law if one else None for one in (curve, other))
-    if ours is None or theirs is None:
+    if curve is None or other is None or ours is None or theirs is None:
         return None
-    return _beyond(theirs.exponent - ours.exponent, ours, theirs)
+    from scipy.stats import t
+
+    # Two numbers of each line are fitted; sizes, not seeds, are what scatters.
+    freedom = len(curve.points) + len(other.points) - 4
+    gap, error = theirs.exponent - ours.exponent, math.hypot(ours.error, theirs.error)
+    return None if abs(gap) <= t.ppf(0.975, freedom) * error else gap > 0
+
+
+def named(found: Iterable[str], structure: str) -> str:
+    """The first label of a structure, with whatever arguments; the name itself if there is none."""
+    return next((label for label in found if label.partition("(")[0] == structure), structure)
 
 
 def exponents(found: Mapping[str, Curve], *names: str) -> str:
@@ -152,17 +162,14 @@ def cheaper(
     ratio = cost_ratio(found[one], found[other])
     if ratio is None:
         return Finding(claim, source, "no equal error", None)
-    here = f"{one} needs {1 / ratio:.2f} times the {COSTS[cost]} of {other}"
-    return Finding(claim, source, here, None if abs(ratio - 1) < 0.03 else ratio > 1)
+    here = f"{one} needs {ratio} times the {COSTS[cost]} of {other}"
+    less = ratio.value < 1
+    unknown = abs(ratio.value - 1) < 0.03 or ratio.bound == ("≥" if less else "≤")
+    return Finding(claim, source, here, None if unknown else less)
 
 
-def _beyond(gap: float, one: Fit, other: Fit) -> bool | None:
-    both = one.error + other.error
-    return None if abs(gap) <= both else gap > 0
-
-
-def _inverse(ratio: float | None) -> float | None:
-    return 1 / ratio if ratio else None
+def _text(ratio: Ratio | None) -> str | None:
+    return None if ratio is None else str(ratio)
 
 
 def _number(value: float | None) -> float:

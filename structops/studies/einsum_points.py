@@ -18,6 +18,8 @@ from structops.studies.runs import Run
 from structops.studies.scaling_laws import ScalingLaws
 
 MIXTURE = "routed(structure=btt, experts=8, top_k=2)"
+SAME = ("dense", "monarch")  # structures beside the points, and another name of the point btt
+KNOWN = tuple(name for name in POINTS if name not in SAME)
 CLOSE = 0.05  # relative differences of error below it are "nearly indistinguishable"
 
 
@@ -31,7 +33,7 @@ class EinsumPoints(ScalingLaws):
     structures: Annotated[tuple[str, ...], option(help="Structures and mixtures beside the points.")] = (
         *("dense", MIXTURE),
     )
-    points: Annotated[tuple[str, ...], option(help=f"Of {', '.join(POINTS)}.")] = (
+    points: Annotated[tuple[str, ...], option(help=f"Of {', '.join(KNOWN)}.")] = (
         *("low_rank", "low_rank_btt", "kron", "tt", "generic", "unbalanced_btt", "btt"),
     )
     widths: Annotated[tuple[int, ...], option(help="Of the dense networks; others get equal MACs.")] = (32, 64, 128)
@@ -39,8 +41,8 @@ class EinsumPoints(ScalingLaws):
     def __post_init__(self) -> None:
         """Check names."""
         super().__post_init__()
-        if unknown := [name for name in self.points if name not in POINTS]:
-            raise StructureError(f"{', '.join(unknown)} not among {', '.join(POINTS)}")
+        if unknown := [name for name in self.points if name not in KNOWN]:
+            raise StructureError(f"{', '.join(unknown)} not among {', '.join(KNOWN)}")
 
     def runs(self) -> Sequence[Run]:
         """The structures, and the points as specs."""
@@ -62,9 +64,10 @@ class EinsumPoints(ScalingLaws):
         worse = {"kron": "ω = 1/2", "generic": "ω = 1/4", "low_rank": "ψ = 1/2", "low_rank_btt": "ψ = 1/2"}
         for name, why in worse.items():
             claim = f"sharing and low ranks spend MACs worse: {name} ({why}) after btt (ω = 0, ψ = 1)"
-            claims.append(cheaper(claim, "2410.02117 §4", results, self.error, "btt", name, "macs", label_of))
+            pair = ("θ btt", f"θ {name}")
+            claims.append(cheaper(claim, "2410.02117 §4", results, self.error, *pair, "macs", label_of))
         found = curves(results, "macs", self.error, label_of)
-        for name in ("btt", "unbalanced_btt"):
+        for name in ("θ btt", "θ unbalanced_btt"):
             if name in found and "dense" in found:
                 gap = largest_gap(found[name], found["dense"])
                 claim = f"full rank without sharing is like dense at equal MACs: {name}"
@@ -73,18 +76,18 @@ class EinsumPoints(ScalingLaws):
         claim = "BTT-MoE spends MACs better than dense"
         claims.append(cheaper(claim, "2410.02117 §5", results, self.error, MIXTURE, "dense", "macs", label_of))
         claim = "BTT-MoE spends MACs better than BTT"
-        claims.append(cheaper(claim, "2410.02117 §5", results, self.error, MIXTURE, "btt", "macs", label_of))
+        claims.append(cheaper(claim, "2410.02117 §5", results, self.error, MIXTURE, "θ btt", "macs", label_of))
         return [finding for finding in claims if finding is not None]
 
 
 def spec_of(point: str) -> str:
     """The spec of a named point."""
-    return "dense" if point == "dense" else f"einsum(theta={tuple(POINTS[point])})"
+    return f"einsum(theta={tuple(POINTS[point])})"
 
 
 def label_of(run: Run) -> str:
-    """The name of the point, or the structure."""
-    names = {spec_of(name): name for name in POINTS}
+    """The name of the point after a θ, or the structure."""
+    names = {spec_of(name): f"θ {name}" for name in KNOWN}
     return names.get(run.model.structure, run.model.structure)
 
 
@@ -100,7 +103,7 @@ def taxonomy_table(found: dict[str, Curve]) -> Table:
     rows = []
     for name, curve in found.items():
         law: Fit | None = curve.law
-        point = POINTS.get(name)
+        point = POINTS.get(name.removeprefix("θ "))
         exponents = (point.omega, point.psi, point.nu) if point else (None, None, None)
         rows.append((name, *exponents, -law.exponent if law else None, curve.best.error if curve.best else None))
     return Table("Taxonomy", ("structure", "ω", "ψ", "ν", "α", "lowest error"), tuple(rows))

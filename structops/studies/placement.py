@@ -28,6 +28,7 @@ class Placement(Trained):
 
     name: ClassVar[str] = "placement"
     title: ClassVar[str] = "Structures in attention, in feed-forward networks, in both"
+    FIXED: ClassVar[tuple[str, ...]] = ("lr", "where")
 
     model: Annotated[str, option(help="vit or gpt.")] = "vit"
     structures: Annotated[tuple[str, ...], option(help="Specs of the structured layers.")] = ("dense", "btt")
@@ -43,6 +44,8 @@ class Placement(Trained):
     def __post_init__(self) -> None:
         """Check names."""
         super().__post_init__()
+        if len(self.widths) != 1:
+            raise StructureError(f"placement compares networks of one budget: give one width, got {self.widths}")
         for names, known in ((self.places, WHERE), (self.rules, RULES)):
             if unknown := [name for name in names if name not in known]:
                 raise StructureError(f"{', '.join(unknown)} not among {', '.join(known)}")
@@ -82,7 +85,7 @@ class Placement(Trained):
                 if aware is not None and naive is not None:
                     source = "§4.2, Fig. 3: .173 and .237" if (structure, place) == ("btt", "ffn") else "§4.2"
                     claim = f"{structure} in {place}: the paper's rates end lower than naive ones, both tuned"
-                    close = abs(aware - naive) < LEAST * naive
+                    close = aware == naive or abs(aware - naive) < LEAST * naive
                     claims.append(Finding(claim, source, shown((aware, naive)), None if close else aware < naive))
         return claims
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from structops.errors import StructureError
@@ -68,8 +69,13 @@ class Data:
     options: tuple[tuple[str, Any], ...] = ()
 
     def load(self) -> Task:
-        """The task."""
-        return load(self.name, augment=self.augment, permute_pixels=self.permute_pixels, **dict(self.options))
+        """The task; that of the last few calls is kept."""
+        return _loaded(self)
+
+
+@lru_cache(maxsize=4)
+def _loaded(data: Data) -> Task:
+    return load(data.name, augment=data.augment, permute_pixels=data.permute_pixels, **dict(data.options))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from structops.studies.lab.study import Study, Work
 from structops.studies.models import GPT, MODELS, Model, ResidualMLP, ViT, width_for
 from structops.studies.runs import Data, Recipe, Run
 
+DATA = "digits, mnist5k, breast_cancer, wine, diabetes, pydoc, or cifar10, cifar100, images, hub, text, tokens:PATH."
 ERRORS = ("train_error", "test_error", "train_loss", "test_loss")
 
 
@@ -55,9 +56,7 @@ class Trained(Study):
     """
 
     model: Annotated[str, option(help="mlp, vit or gpt.")] = "mlp"
-    data: Annotated[str, option(help="digits, mnist5k, pydoc, a table, cifar10:PATH, images:PATH, text:PATH, ...")] = (
-        "mnist5k"
-    )
+    data: Annotated[str, option(help=DATA)] = "mnist5k"
     structures: Annotated[tuple[str, ...], option(help="Specs of the structured layers.")] = ("dense", "btt")
     widths: Annotated[tuple[int, ...], option(help="Widths of the dense networks.")] = (16, 32, 64, 128)
     depth: Annotated[int, option(min=0, help="Blocks of the network.")] = 3
@@ -71,7 +70,7 @@ class Trained(Study):
     base_width: Annotated[int, option(min=1, help="Width at which the learning rate is right.")] = 64
     warmup: Annotated[int, option(min=0, help="Steps of linear warm-up.")] = 0
     schedule: Annotated[str, option(help="cosine or constant.")] = "cosine"
-    seed: Annotated[int, option(help="First seed.")] = 0
+    seed: Annotated[int, option(min=0, help="First seed.")] = 0
     seeds: Annotated[int, option(min=1, help="Number of seeds.")] = 2
     noise: Annotated[float, option(min=0, help="Deviation of Gaussian noise on inputs that are no text.")] = 0.0
     crop: Annotated[int, option(min=0, help="Pixels by which images are shifted at random; of images only.")] = 3
@@ -103,7 +102,11 @@ class Trained(Study):
         """Train in torch."""
         from structops.studies.trainer import Job, forget, train
 
-        return Work(train, describe, Job, forget)
+        return Work(train, describe, Job, forget, divisible=True)
+
+    def facts(self) -> dict[str, Any]:
+        """The data's source and checksums."""
+        return {"name": self.data, **self.task.facts}
 
     @cached_property
     def source(self) -> Data:
@@ -112,7 +115,7 @@ class Trained(Study):
         options: dict[str, Any] = {"context": self.context} if language else {}
         if language and not self.data.startswith("tokens:"):
             options |= {"tokens": self.tokens, "vocab_size": self.vocab_size}
-        images = len(self._shape) == 3
+        images = not language and len(Data(self.data).load().input_shape) == 3
         augment = Augment(
             noise=self.noise,
             crop=self.crop if images else 0,
@@ -130,12 +133,22 @@ class Trained(Study):
 
     @cached_property
     def task(self) -> Task:
-        """The data."""
-        return self.source.load()
+        """The data.
 
-    @cached_property
-    def _shape(self) -> tuple[int, ...]:
-        return Data(self.data).load().input_shape
+        Raises:
+            StructureError: The model cannot be trained on data of this kind.
+        """
+        task = self.source.load()
+        suits = {
+            "mlp": task.kind != "language",
+            "vit": task.kind == "classification" and len(task.input_shape) == 3,
+            "gpt": task.kind == "language",
+        }
+        if not suits[self.model]:
+            takes = {"mlp": "images or a table", "vit": "images", "gpt": "a text"}[self.model]
+            what = f"{task.kind} of shape {task.input_shape}"
+            raise StructureError(f"model {self.model} takes {takes}, but {self.data} is {what}")
+        return task
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from structops.errors import CheckpointError
 from structops.studies.data import Task
 from structops.studies.lab import ranks
 from structops.studies.lab.checkpoint import load_state, path_of, save_state
@@ -114,6 +115,11 @@ class Training:
         """Go on where a checkpoint was written, if there is one."""
         if kept := load_state(path, self.model, self.optimizer):
             self.history = History(**kept)
+        if self.history.step != self.group.share(self.history.step):
+            raise CheckpointError(
+                f"process {self.group.rank} does not see the same {path} as the first one; with torchrun, --out is a "
+                f"folder on a disk that all processes share"
+            )
 
     def step(self) -> None:
         """One step of the optimiser; its loss and error are those before it, of the batches of all processes."""
@@ -123,19 +129,19 @@ class Training:
         batch = self.task.batch(number, recipe.batch, self.run.seed, self.group.rank, self.group.size)
         x, y = (torch.from_numpy(part).to(self.device) for part in batch)
         with router_loss(self.network) if self.routed else nullcontext(lambda: torch.zeros(())) as balance:
-            loss, error = measures(self.network(x), y, self.task)
+            loss, errors = measures(self.network(x), y, self.task)
             self.optimizer.zero_grad()
             (loss + balance()).backward()
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         self.optimizer.step()
-        both = torch.stack([loss.detach().double(), error.double()])
+        found = torch.cat([loss.detach().double()[None], errors.double()])
         if self.group.size > 1:
-            torch.distributed.all_reduce(both)
-            both /= self.group.size
-        loss_now, error_now = both.tolist()
+            torch.distributed.all_reduce(found)
+            found /= self.group.size
+        loss_now, *errors_now = found.tolist()
         self.history.losses.append(loss_now)
-        self.history.errors.append(error_now)
+        self.history.errors.append(min(errors_now))
         self.history.seconds += time.perf_counter() - start
 
     def test(self) -> tuple[float, float]:
@@ -144,7 +150,7 @@ class Training:
         with torch.no_grad():
             for x, y in self.task.test_batches(self.run.recipe.batch):
                 out = self.model(torch.from_numpy(x).to(self.device))
-                loss, error = measures(out, torch.from_numpy(y).to(self.device), self.task)
+                loss, (error,) = measures(out, torch.from_numpy(y).to(self.device), self.task)
                 losses, errors, count = losses + float(loss) * len(x), errors + float(error) * len(x), count + len(x)
         return losses / count, errors / count
 
@@ -181,18 +187,18 @@ def _slower_input(model: nn.Module, groups: list[dict[str, Any]], names: tuple[s
 
 
 def measures(out: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Loss and error of the outputs.
+    """Loss and errors of the outputs.
 
-    Images that are mixed in pairs count, as in the paper's code, with the larger part of the batch's pairs or with the
-    smaller one, whichever has fewer errors.
+    There is one error, and two for images that are mixed in pairs: with the larger part of the batch's pairs as labels,
+    and with the smaller one.  As in the paper's code, the lower of them counts.
     """
     if task.kind == "regression":
         loss = functional.mse_loss(out.squeeze(-1), y)
-        return loss, loss.detach()
+        return loss, loss.detach()[None]
     if task.kind == "language":
         loss = functional.cross_entropy(out.flatten(0, -2), y.flatten())
-        return loss, loss.detach()
+        return loss, loss.detach()[None]
     loss = functional.cross_entropy(out, y)
     guess = out.detach().argmax(-1, keepdim=True)
     labels = y.topk(2).indices if y.ndim == 2 else y[:, None]
-    return loss, (guess != labels).double().mean(0).amin()
+    return loss, (guess != labels).double().mean(0)

@@ -13,7 +13,7 @@ from structops.studies.lab.study import Finding, Report, Results
 from structops.studies.placement import LEAST
 from structops.studies.rates import best_table, by_rate, lowest, rate_figure, shown
 from structops.studies.runs import Run
-from structops.studies.trained import Trained
+from structops.studies.trained import DATA, Trained
 
 WITHOUT, WITH = "as they are", "capped"
 
@@ -24,11 +24,10 @@ class WeightNorm(Trained):
 
     name: ClassVar[str] = "weight-norm"
     title: ClassVar[str] = "Weight normalisation"
+    FIXED: ClassVar[tuple[str, ...]] = ("lr", "weight_norm")
 
     model: Annotated[str, option(help="mlp, vit or gpt.")] = "gpt"
-    data: Annotated[str, option(help="digits, mnist5k, pydoc, a table, cifar10:PATH, images:PATH, text:PATH, ...")] = (
-        "pydoc"
-    )
+    data: Annotated[str, option(help=DATA)] = "pydoc"
     structures: Annotated[tuple[str, ...], option(help="Specs of the structured layers.")] = (
         *("dense", "btt", "btt(rank=4)"),
     )
@@ -69,7 +68,10 @@ class WeightNorm(Trained):
             plain, capped = ((structure, how) for how in (WITHOUT, WITH))
             if plain not in found or capped not in found:
                 continue
-            largest = max(found[plain])
+            shared = found[plain].keys() & found[capped].keys()
+            if not shared:
+                continue
+            largest = max(shared)
             pair = (found[capped][largest], found[plain][largest])
             claim = f"{structure}: at the largest rate ({largest:g}) the cap ends lower than no cap"
             claims.append(Finding(claim, "§2: training is stable with it", shown(pair), _below(*pair)))
@@ -83,7 +85,7 @@ class WeightNorm(Trained):
 
 def _below(one: float, other: float) -> bool | None:
     """Whether the first is lower; None where the two are close."""
-    if math.isfinite(one) and math.isfinite(other) and abs(one - other) < LEAST * other:
+    if one == other or (math.isfinite(one) and math.isfinite(other) and abs(one - other) < LEAST * other):
         return None
     return one < other
 

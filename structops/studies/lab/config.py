@@ -86,16 +86,22 @@ def write_config(config: Any, path: str | Path) -> None:
     """Write settings as YAML, whole or not at all."""
     import yaml
 
-    data = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+    values = {field.name: getattr(config, field.name) for field in settings_of(type(config))}
+    data = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     with replacing(path) as file:
         file.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
+
+
+def settings_of(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    """The fields that can be set: a study that fixes fields of a class above it names them in ``FIXED``."""
+    return [field for field in dataclasses.fields(cls) if field.name not in getattr(cls, "FIXED", ())]
 
 
 def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
     """The fields as parameters for Typer, which has no options of several values in one text."""
     hints = get_type_hints(cls, include_extras=True)
     found = {}
-    for field in dataclasses.fields(cls):
+    for field in settings_of(cls):
         kind, said = get_args(hints[field.name])[:2]
         if get_origin(kind) is tuple:
             said = option(
@@ -141,7 +147,7 @@ def _read(cls: type[Any], path: Path) -> Mapping[str, Any]:
         raise StructureError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise StructureError(f"{path}: expected `name: value` lines, got {type(data).__name__}")
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = [field.name for field in settings_of(cls)]
     if unknown := [str(name) for name in data if name not in known]:
         raise StructureError(f"{path}: {', '.join(unknown)} not among {', '.join(known)}")
     return data

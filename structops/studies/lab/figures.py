@@ -37,6 +37,7 @@ def canvas(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    panels = max(1, panels)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width * panels, height), layout="constrained")
         yield figure, figure.subplots(1, panels, squeeze=False, **axes)[0]

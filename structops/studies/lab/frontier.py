@@ -28,7 +28,7 @@ class Point:
 
     @classmethod
     def of(cls, costs: Iterable[float], errors: Iterable[float]) -> Point | None:
-        """The point of several seeds; None where one of them did not end in a positive finite error."""
+        """The point of several seeds; None where one diverged, or made no error at all, which has no logarithm."""
         found = list(errors)
         if not all(math.isfinite(error) and error > 0 for error in found):
             return None
@@ -82,17 +82,38 @@ class Curve:
         return self.points[0].error if len(self.points) == 1 and self.points[0].cost == cost else None
 
 
-def cost_ratio(curve: Curve, reference: Curve) -> float | None:
-    """How many times the cost of ``curve`` the reference needs for equal error, at the lowest error of both.
+@dataclass(frozen=True)
+class Ratio:
+    """A quotient of costs.
 
-    The error is the higher one of their lowest errors, so neither curve is extrapolated.  Above 1 ``curve`` needs less.
-    None where one of them is empty.
+    Attributes:
+        value: The quotient.
+        bound: ``""`` if it was measured; ``"≥"`` or ``"≤"`` where one curve starts below the error, so that its first
+            cost stands in for a lower one.
+    """
+
+    value: float
+    bound: str = ""
+
+    def __str__(self) -> str:
+        """With three digits."""
+        return f"{self.bound} {self.value:.3g}".strip()
+
+
+def cost_ratio(curve: Curve, reference: Curve) -> Ratio | None:
+    """Cost of a curve relative to that of the reference at equal error; below 1 the curve needs less.
+
+    The error is the higher one of their lowest errors, so that neither curve is extrapolated.  None where one is empty.
     """
     if curve.best is None or reference.best is None:
         return None
     level = max(curve.best.error, reference.best.error)
     ours, theirs = curve.cost_at(level), reference.cost_at(level)
-    return theirs / ours if ours and theirs else None
+    if not ours or not theirs:
+        return None
+    starts = [one.points[0].error < level for one in (curve, reference)]
+    bound = {(True, False): "≤", (False, True): "≥"}.get((starts[0], starts[1]), "")
+    return Ratio(ours / theirs, bound)
 
 
 def hull(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -97,7 +97,11 @@ def _ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | 
         raise StructureError("--executor ray needs Ray: pip install 'structops[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=workers or None, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        # How large a cluster is that others have started is not for us to say.
+        size: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or None, "include_dashboard": False}
+        )
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **size)
     try:
         remote = ray.remote(max_retries=0)(function)
         waiting = {remote.remote(job): job for job in jobs}
@@ -117,6 +121,8 @@ def prepare_worker() -> None:
         import torch
 
         torch.set_num_threads(1)
+        if torch.cuda.is_available():  # processes that start together have numbers that follow each other
+            torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
     if (parent := multiprocessing.parent_process()) is not None:
 
         def follow() -> None:

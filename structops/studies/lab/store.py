@@ -100,7 +100,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _key(run: dict[str, Any]) -> str:
-    return json.dumps(run, sort_keys=True)
+    return json.dumps(_whole(run), sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    """The same with 1 for 1.0: equal settings are equal, whether they come from Python, YAML or options."""
+    if isinstance(value, dict):
+        return {name: _whole(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _finite(value: Any) -> Any:

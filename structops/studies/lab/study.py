@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 from rich.markup import escape
 
+from structops.errors import StructureError
 from structops.report import machine, write_json, write_text
 from structops.studies.lab import figures, ranks
 from structops.studies.lab.config import option, write_config
@@ -101,12 +102,14 @@ class Work:
         describe: A few words on a run.
         prepare: What ``train`` gets for a run and the folder; by default the run.
         forget: Called with a run and the folder once its result is on disk: its checkpoint can go.
+        divisible: Whether ``train`` shares one training among the processes of ``torchrun``.
     """
 
     train: Callable[[Any], Result]
     describe: Callable[[Any], str]
     prepare: Callable[[Any, Path], Any] = lambda run, folder: run
     forget: Callable[[Any, Path], None] = lambda run, folder: None
+    divisible: bool = False
 
 
 class Study(ABC):
@@ -123,6 +126,10 @@ class Study(ABC):
     def work(self) -> Work:
         """How they are done; libraries that compute are imported here, and not before."""
 
+    def facts(self) -> dict[str, Any]:
+        """What a report should say of the data, such as a checksum."""
+        return {}
+
     @abstractmethod
     def report(self, results: Results) -> Report:
         """Tables, figures and findings of the trainings that ended."""
@@ -138,15 +145,23 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
         study: What to do.
         execution: How.
         console: Where tables and the progress go.
+
+    Raises:
+        StructureError: The folder is in use, or a study of small trainings is run by ``torchrun``.
     """
-    out, start = execution.out, time.perf_counter()
+    out, start = execution.out.absolute(), time.perf_counter()
     runs, work = list(dict.fromkeys(study.runs())), study.work()
-    with ranks.joined() as group, locked(out) if group.leads else nullcontext():
+    if ranks.current().size > 1 and not work.divisible:
+        raise StructureError(f"{study.name} has trainings that cannot be divided: run it without torchrun")
+    with ranks.joined() as group, locked(out) if group.leads and not execution.only_report else nullcontext():
         store = Store(out)
         todo = group.share([run for run in runs if store.get(run) is None])
-        if group.leads:
-            write_config(study, out / "config.yaml")
         if not execution.only_report:
+            if group.leads:
+                out.mkdir(parents=True, exist_ok=True)
+                write_config(study, out / "config.yaml")
+                for run in set(runs) - set(todo):  # a kill between a result and this leaves a checkpoint
+                    work.forget(run, out)
             jobs = {work.prepare(run, out): run for run in todo}
             ended = run_all(
                 work.train,
@@ -167,9 +182,11 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
         results = {run: found for run in runs if (found := store.get(run)) is not None}
         seconds = time.perf_counter() - start
         console.print(f"{len(results)} of {len(runs)} trainings are there, {len(todo)} were not; {seconds:.0f} s")
+        if not results:
+            return Report()
         report = study.report(results)
         if (todo and not execution.only_report) or not (out / "facts.json").exists():
-            write_json(out / "facts.json", facts_of(results))
+            write_json(out / "facts.json", facts_of(study, execution, group.size, results))
         write(report, study, out)
     for table in list(report.tables.values())[:1]:  # a terminal is too narrow for the others
         console.print(table.to_rich())
@@ -177,17 +194,21 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
         console.print(
             f"[{COLORS[finding.appears]}]{ANSWERS[finding.appears]}[/]  {escape(finding.text)}", soft_wrap=True
         )
-    console.print(f"tables, figures and report.md are in {out}")
+    console.print(f"tables, figures and report.md are in {execution.out}")
     return report
 
 
-def facts_of(results: Results) -> dict[str, Any]:
-    """The command, what the trainings took, and where they ran."""
+def facts_of(study: Study, execution: Execution, processes: int, results: Results) -> dict[str, Any]:
+    """The command, what the trainings took, on what and where they ran."""
     return {
+        "study": study.name,
         "command": shlex.join(["structops", *sys.argv[1:]]),
         "trainings": len(results),
         "seconds of training": round(sum(result.get("seconds", 0.0) for result in results.values())),
+        "at once": 1 if processes > 1 else execution.workers or os.cpu_count(),
+        "processes of each": processes,
         "cores": os.cpu_count(),
+        "data": study.facts(),
         "machine": machine(),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from structops.errors import StructureError
 from structops.studies.models.sizes import LayerSize, Model
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ class ResidualMLP(Model):
     classes: int = 10
     input_gelu: bool = True
     final_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that there is something to structure."""
+        super().__post_init__()
+        if self.where == "attention":
+            raise StructureError("an MLP has no attention; where is one of all, all_but_head, hidden and ffn")
 
     def layers(self) -> Iterator[LayerSize]:
         """``embed``, ``blocks.0.up``, ``blocks.0.down``, ..., ``head``."""
