@@ -68,13 +68,12 @@ class WeightNorm(Trained):
             plain, capped = ((structure, how) for how in (WITHOUT, WITH))
             if plain not in found or capped not in found:
                 continue
-            shared = found[plain].keys() & found[capped].keys()
-            if not shared:
-                continue
-            largest = max(shared)
-            pair = (found[capped][largest], found[plain][largest])
-            claim = f"{structure}: at the largest rate ({largest:g}) the cap ends lower than no cap"
-            claims.append(Finding(claim, "§2: training is stable with it", shown(pair), _below(*pair)))
+            shared = sorted(found[plain].keys() & found[capped].keys())
+            above = [lr for lr in shared if lr > min(found[plain], key=lambda rate: found[plain][rate])]
+            if above:
+                pair = tuple(sum(found[key][lr] for lr in above) / len(above) for key in (capped, plain))
+                claim = f"{structure}: above its best rate the network with the cap ends lower (mean over rates)"
+                claims.append(Finding(claim, "§2: training is stable with it", shown(pair), _below(*pair)))
             best = (lowest(found, capped) or math.inf, lowest(found, plain) or math.inf)
             claim = f"{structure}: the cap costs nothing at the best rate"
             claims.append(
