@@ -384,6 +384,48 @@ def test_a_command_refuses_what_it_does_not_know(arguments: tuple[str, ...], sai
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
+def test_a_structure_of_ones_own_is_studied(tmp_path: Path) -> None:
+    tmp_path.joinpath("mine.py").write_text(OWN)
+    arguments = (
+        *(
+            "study",
+            "memory",
+            "--data",
+            "digits",
+            "--structures",
+            "dense;squeezed",
+            "--widths",
+            "8;12;16",
+            "--steps",
+            "2",
+        ),
+        *("--batch", "16", "--seeds", "1", "--crop", "1", "--workers", "1", "--out", "out"),
+    )
+    for imports, code in ((("--import", "mine"), 0), (("--import", "none"), 2)):
+        command = [PROGRAM, *arguments, *imports]
+        ended = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+    assert sum(row["run"]["model"]["structure"] == "squeezed" for row in rows(tmp_path / "out")) == 3
+
+
+OWN = """
+from dataclasses import dataclass
+from structops.chain import Chain
+from structops.spec import Structure, register
+
+@register
+@dataclass(frozen=True)
+class Squeezed(Structure):
+    name = "squeezed"
+
+    def chain(self, in_features, out_features):
+        return Chain("j, sj, is -> i", {"j": in_features, "s": 2, "i": out_features})
+
+    def build(self, chain, factors):
+        raise NotImplementedError
+"""
+
+
 def test_a_study_on_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     ended = structops(

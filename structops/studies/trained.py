@@ -35,6 +35,9 @@ class Trained(Study):
         batch: Examples per step.
         lr: Rate of the dense network of ``base_width``.
         base_width: Width at which ``lr`` is right.
+        expansion: Width inside a feed-forward network, relative to the stream.
+        weight_decay: That of AdamW for dense weights.
+        clip: Largest norm of the gradient; 0 for none.
         warmup: Steps of linear warm-up.
         schedule: Of the rate.
         seed: First seed.
@@ -68,6 +71,9 @@ class Trained(Study):
     batch: Annotated[int, option(min=1, help="Examples per step.")] = 128
     lr: Annotated[float, option(min=0, help="Learning rate of the dense network of the base width.")] = 3e-3
     base_width: Annotated[int, option(min=1, help="Width at which the learning rate is right.")] = 64
+    expansion: Annotated[int, option(min=1, help="Width inside a feed-forward network, relative to the stream.")] = 4
+    weight_decay: Annotated[float, option(min=0, help="Of AdamW, for dense weights.")] = 0.0
+    clip: Annotated[float, option(min=0, help="Largest norm of the gradient; 0 for none.")] = 0.0
     warmup: Annotated[int, option(min=0, help="Steps of linear warm-up.")] = 0
     schedule: Annotated[str, option(help="cosine or constant.")] = "cosine"
     seed: Annotated[int, option(min=0, help="First seed.")] = 0
@@ -161,12 +167,14 @@ class Trained(Study):
             batch=self.batch,
             warmup=self.warmup,
             schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
         )
 
     def network(self, structure: str, width: int, where: str = "", weight_norm: bool | None = None) -> Model:
         """The network of these settings for the data."""
         shape = self.task.input_shape
-        common: dict[str, Any] = {"depth": self.depth, "where": where or self.where}
+        common: dict[str, Any] = {"depth": self.depth, "expansion": self.expansion, "where": where or self.where}
         common |= {"weight_norm": self.weight_norm if weight_norm is None else weight_norm}
         if self.model == "mlp":
             size = math.prod(shape)

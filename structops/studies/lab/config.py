@@ -88,7 +88,9 @@ def write_config(config: Any, path: str | Path) -> None:
 
     values = {field.name: getattr(config, field.name) for field in settings_of(type(config))}
     data = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    title = f"# structops study {config.name} --config ...\n" if hasattr(config, "name") else ""
     with replacing(path) as file:
+        file.write(title.encode())
         file.write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
 
 

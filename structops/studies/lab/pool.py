@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -37,6 +40,7 @@ def run_all(
     workers: int | None = None,
     executor: str = "local",
     done: int = 0,
+    imports: Sequence[str] = (),
 ) -> Iterator[tuple[Job, Result]]:
     """Jobs and their results as they end, in any order, and a bar on the console.
 
@@ -48,6 +52,7 @@ def run_all(
         workers: Processes; one a core if not given, none with 0: then the jobs run here, in their order.
         executor: ``local`` or ``ray``; the latter takes the cluster in ``RAY_ADDRESS``, or starts one on this machine.
         done: Jobs that the bar counts as ended before.
+        imports: Modules that every process imports before its job, such as one that registers a structure.
 
     Raises:
         StructureError: There is no such executor.
@@ -59,9 +64,29 @@ def run_all(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("running", total=done + len(jobs), completed=done)
-        for job, result in ways[executor](function, jobs, workers) if jobs else ():
+        for job, result in ways[executor](partial(_call, function, tuple(imports)), jobs, workers) if jobs else ():
             progress.update(task, advance=1, description=describe(job))
             yield job, result
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Import modules, also from the folder of the command.
+
+    Raises:
+        StructureError: There is no such module.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise StructureError(f"cannot import {name!r}: {error}") from error
+
+
+def _call(function: Callable[[Job], Result], imports: Sequence[str], job: Job) -> Result:
+    import_all(imports)
+    return function(job)
 
 
 def _here(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[Job, Result]]:
@@ -97,20 +122,27 @@ def _ray(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int | 
         raise StructureError("--executor ray needs Ray: pip install 'structops[ray]'") from error
     started = not ray.is_initialized()
     if started:
+        # At Ray's own niceness of 15, its workers wait for whatever else the machine does.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # How large a cluster is that others have started is not for us to say.
         size: dict[str, Any] = (
             {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers or None, "include_dashboard": False}
         )
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **size)
     try:
-        remote = ray.remote(max_retries=0)(function)
-        waiting = {remote.remote(job): job for job in jobs}
+        remote: Any = ray.remote(max_retries=0)(_apply)
+        waiting = {remote.remote(function, job): job for job in jobs}
         while waiting:
             (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
             yield waiting.pop(ready), ray.get(ready)
     finally:
         if started:
             ray.shutdown()
+
+
+def _apply(function: Callable[[Job], Result], job: Job) -> Result:
+    """A function for Ray, which takes no partial ones."""
+    return function(job)
 
 
 def prepare_worker() -> None:

@@ -21,7 +21,7 @@ from structops.errors import StructureError
 from structops.report import machine, write_json, write_text
 from structops.studies.lab import figures, ranks
 from structops.studies.lab.config import option, write_config
-from structops.studies.lab.pool import run_all
+from structops.studies.lab.pool import import_all, run_all
 from structops.studies.lab.store import Store, locked
 from structops.studies.lab.tables import Table
 
@@ -39,6 +39,7 @@ class Execution:
         out: Folder of everything that it leaves.
         workers: Processes; 0 for one a core.
         executor: One of `pool.EXECUTORS`.
+        imports: Modules to import first, with semicolons between them.
         only_report: Whether nothing is trained, and the report is of the results that are there.
     """
 
@@ -47,6 +48,9 @@ class Execution:
     )
     workers: Annotated[int, option(min=0, help="Trainings at once, each with a thread; 0 for one a core.")] = 0
     executor: Annotated[str, option(help="local, or ray for a cluster that Ray manages.")] = "local"
+    imports: Annotated[
+        str, option("--import", help="Modules that register structures of yours, with semicolons between them.")
+    ] = ""
     only_report: Annotated[bool, option("--only-report", help="Train nothing; report what is there.")] = False
 
 
@@ -150,6 +154,8 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
         StructureError: The folder is in use, or a study of small trainings is run by ``torchrun``.
     """
     out, start = execution.out.absolute(), time.perf_counter()
+    imports = [name.strip() for name in execution.imports.split(";") if name.strip()]
+    import_all(imports)
     runs, work = list(dict.fromkeys(study.runs())), study.work()
     if ranks.current().size > 1 and not work.divisible:
         raise StructureError(f"{study.name} has trainings that cannot be divided: run it without torchrun")
@@ -172,6 +178,7 @@ def conduct(study: Study, execution: Execution, console: Console) -> Report:
                 workers=0 if group.size > 1 else execution.workers or None,
                 executor=execution.executor,
                 done=len(runs) - len(todo),
+                imports=imports,
             )
             for job, result in ended:
                 if group.leads:
