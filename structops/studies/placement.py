@@ -36,7 +36,7 @@ class Placement(Trained):
         *("attention", "ffn", "hidden"),
     )
     rules: Annotated[tuple[str, ...], option(help="Of learning rates: paper, naive.")] = ("paper", "naive")
-    lrs: Annotated[tuple[float, ...], option(help="Learning rates.")] = (1e-3, 2e-3, 4e-3, 8e-3)
+    lrs: Annotated[tuple[float, ...], option(help="Learning rates.")] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     widths: Annotated[tuple[int, ...], option(help="Of the dense network, whose MACs others match.")] = (48,)
     depth: Annotated[int, option(min=0, help="Blocks of the network.")] = 2
     epochs: Annotated[int, option(min=1, help="Passes over the training data.")] = 6
