@@ -98,11 +98,17 @@ def test_counts_of_dense_models_in_closed_form(width, depth, expansion, outputs)
 
 @pytest.mark.parametrize("where", WHERE)
 def test_where_chooses_the_layers(where):
-    for model in small("btt", where=where):
+    models = list(small("btt", where="all"))[where == "attention" :]
+    for model in (dataclasses.replace(model, where=where) for model in models):
         chosen = {layer.name.rpartition(".")[2] for layer in model.layers() if layer.structure == "btt"}
         parts = {"input": {"embed"}, "attention": set("qkvo"), "ffn": {"up", "down"}, "head": {"head"}}
         every = {layer.name.rpartition(".")[2] for layer in model.layers()}
         assert chosen == every & set().union(*(parts[part] for part in WHERE[where]))
+
+
+def test_an_mlp_has_no_attention():
+    with pytest.raises(StructureError, match="an MLP has no attention; where is one of all, all_but_head"):
+        ResidualMLP("btt", 64, where="attention")
 
 
 def test_low_rank_never_squeezes_the_input():

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from structops import report
 
 Cell = str | int | float | bool | None
+NUMERIC = "0123456789+-–.≤≥*x"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Table:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A table of Markdown with rounded numbers."""
-        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *map(shown, self.rows)]
+        """A table of Markdown with rounded numbers; columns of texts are on the left."""
+        rule = ["---" if self._is_text(index) else "---:" for index in range(len(self.columns))]
+        lines = [self.columns, rule, *map(shown, self.rows)]
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
     def to_rich(self) -> RichTable:
@@ -48,9 +50,13 @@ class Table:
         table = report.table(self.title, self.columns, [shown(row) for row in self.rows])
         for index, column in enumerate(table.columns):  # in a narrow terminal text goes on in the next line
             column.overflow, column.no_wrap = "fold", False
-            if self.rows and isinstance(self.rows[0][index], str):
-                column.justify = "left"
+            column.justify = "left" if self._is_text(index) else "right"
         return table
+
+    def _is_text(self, index: int) -> bool:
+        """Whether a column has words; numbers with a sign before or after them are none."""
+        cells = [str(row[index]) for row in self.rows if isinstance(row[index], str) and row[index]]
+        return any(cell[0] not in NUMERIC for cell in cells)
 
 
 def shown(row: Sequence[Cell]) -> list[str]:
