@@ -60,6 +60,7 @@ def test_options_are_the_fields() -> None:
     assert invoke().output.strip() == repr(Settings())
     given_ = invoke("--specs", "kron; tt(rank=2)", "--widths", "4;9", "--rate", "0.25", "--noisy")
     assert given_.output.strip() == repr(Settings(("kron", "tt(rank=2)"), (4, 9), 0.25, True))
+    assert invoke("--widths", "4,9").output.strip() == repr(Settings(widths=(4, 9)))
     said = invoke("--help").output
     assert "Settings of a test." in said
     assert "What the command" not in said

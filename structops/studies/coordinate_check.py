@@ -87,7 +87,11 @@ class CoordinateCheck(Study):
     optimizers: Annotated[tuple[str, ...], option(help="Of adam, sgd and muon.")] = ("adam", "sgd", "muon")
     rules: Annotated[
         tuple[str, ...],
-        option(help="Of paper, blocks (for SGD), corrected (for shared factors) and naive; those that differ."),
+        option(
+            "--rules",
+            "--rule",
+            help="Of paper, blocks (for SGD), corrected (for shared factors) and naive; those that differ.",
+        ),
     ] = ("paper", "blocks", "corrected", "naive")
     widths: Annotated[tuple[int, ...], option(help="Widths, at least two.")] = (64, 128, 256, 512, 1024)
     steps: Annotated[int, option(min=1, help="Optimiser steps before the measurement.")] = 10

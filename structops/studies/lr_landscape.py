@@ -71,7 +71,10 @@ class LrLandscape(Study):
     title: ClassVar[str] = "Learning-rate landscape"
 
     structures: Annotated[tuple[str, ...], option(help="Specs of the hidden layers.")] = ("dense", "btt")
-    rules: Annotated[tuple[str, ...], option(help="Of paper, corrected and naive.")] = ("paper", "naive")
+    rules: Annotated[tuple[str, ...], option("--rules", "--rule", help="Of paper, corrected and naive.")] = (
+        "paper",
+        "naive",
+    )
     widths: Annotated[tuple[int, ...], option(help="Widths, at least two.")] = (64, 128, 256)
     lrs: Annotated[str, option(help="Powers of two of the learning rates, first:last or first:last:step.")] = "-12:-2"
     seed: Annotated[int, option(help="First seed.")] = 0

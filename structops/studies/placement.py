@@ -7,23 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from structops.errors import StructureError
-from structops.studies.curves import points_table
 from structops.studies.lab.config import option
 from structops.studies.lab.study import Finding, Report, Results
 from structops.studies.models.sizes import WHERE
-from structops.studies.rates import best_table, by_rate, lowest, rate_figure, shown
+from structops.studies.rates import below, by_rate, lowest, report_of, shown
 from structops.studies.runs import Run
 from structops.studies.trained import Trained
 
 RULES = {"paper": True, "naive": False}  # whether rates follow the factors' shapes
-LEAST = 0.02  # relative differences below it are not told apart
 
 
 @dataclass(frozen=True)
 class Placement(Trained):
     """Train transformers with structures in attention, in feed-forward networks and in both, at several rates.
 
-    All have the MACs of the first dense network.
+    All have the MACs of the dense network.
     """
 
     name: ClassVar[str] = "placement"
@@ -70,10 +68,7 @@ class Placement(Trained):
 
     def report(self, results: Results) -> Report:
         """Errors over rates, a panel a place."""
-        found = by_rate(results, self.error, key_of)
-        tables = {"best": best_table(found, self.error, ("layers", "structure and rule"))}
-        tables["networks"] = points_table(results, lambda run: ", ".join(key_of(run)))
-        return Report(tables, {"rates": rate_figure(found, self.error)}, self.findings(results))
+        return report_of(results, self.error, key_of, ("layers", "structure and rule"), self.findings(results))
 
     def findings(self, results: Results) -> list[Finding]:
         """What section 4.2 of the paper found of CIFAR-10."""
@@ -85,8 +80,7 @@ class Placement(Trained):
                 if aware is not None and naive is not None:
                     source = "§4.2, Fig. 3: .173 and .237" if (structure, place) == ("btt", "ffn") else "§4.2"
                     claim = f"{structure} in {place}: the paper's rates end lower than naive ones, both tuned"
-                    close = aware == naive or abs(aware - naive) < LEAST * naive
-                    claims.append(Finding(claim, source, shown((aware, naive)), None if close else aware < naive))
+                    claims.append(Finding(claim, source, shown((aware, naive)), below(aware, naive)))
         return claims
 
 

@@ -6,13 +6,24 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from structops.studies.curves import NAMES
+from structops.studies.curves import NAMES, points_table
 from structops.studies.lab import figures
-from structops.studies.lab.study import Results
+from structops.studies.lab.study import Finding, Report, Results
 from structops.studies.lab.tables import Table
 from structops.studies.runs import Run
 
 Key = tuple[str, str]  # the panel and the curve
+LEAST = 0.02  # relative differences below it are not told apart
+
+
+def report_of(
+    results: Results, error: str, key: Callable[[Run], Key], columns: tuple[str, str], findings: Sequence[Finding]
+) -> Report:
+    """Errors over rates: the lowest ones, all networks, and a figure with a panel a key."""
+    found = by_rate(results, error, key)
+    tables = {"best": best_table(found, error, columns)}
+    tables["networks"] = points_table(results, lambda run: ", ".join(key(run)))
+    return Report(tables, {"rates": rate_figure(found, error)}, findings)
 
 
 def by_rate(results: Results, error: str, key: Callable[[Run], Key]) -> dict[Key, dict[float, float]]:
@@ -68,6 +79,13 @@ def rate_figure(found: dict[Key, dict[float, float]], error: str) -> Any:
 def lowest(found: dict[Key, dict[float, float]], key: Key) -> float | None:
     """The lowest error of a curve over its rates; None where there is none."""
     return min(found[key].values()) if key in found else None
+
+
+def below(one: float, other: float) -> bool | None:
+    """Whether the first is lower; None where the two are equal or less than `LEAST` apart."""
+    if one == other or (math.isfinite(one) and math.isfinite(other) and abs(one - other) < LEAST * other):
+        return None
+    return one < other
 
 
 def shown(values: Sequence[float | None]) -> str:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from structops.studies.curves import points_table
 from structops.studies.lab.config import option
 from structops.studies.lab.study import Finding, Report, Results
-from structops.studies.placement import LEAST
-from structops.studies.rates import best_table, by_rate, lowest, rate_figure, shown
+from structops.studies.rates import below, by_rate, report_of, shown
 from structops.studies.runs import Run
 from structops.studies.trained import DATA, Trained
 
@@ -55,10 +53,7 @@ class WeightNorm(Trained):
 
     def report(self, results: Results) -> Report:
         """Errors over rates, a panel a structure."""
-        found = by_rate(results, self.error, key_of)
-        tables = {"best": best_table(found, self.error, ("structure", "factors"))}
-        tables["networks"] = points_table(results, lambda run: ", ".join(key_of(run)))
-        return Report(tables, {"rates": rate_figure(found, self.error)}, self.findings(results))
+        return report_of(results, self.error, key_of, ("structure", "factors"), self.findings(results))
 
     def findings(self, results: Results) -> list[Finding]:
         """What the paper says of its transformers."""
@@ -73,20 +68,12 @@ class WeightNorm(Trained):
             if above:
                 pair = tuple(sum(found[key][lr] for lr in above) / len(above) for key in (capped, plain))
                 claim = f"{structure}: above its best rate the network with the cap ends lower (mean over rates)"
-                claims.append(Finding(claim, "§2: training is stable with it", shown(pair), _below(*pair)))
-            best = (lowest(found, capped) or math.inf, lowest(found, plain) or math.inf)
+                claims.append(Finding(claim, "§2: training is stable with it", shown(pair), below(*pair)))
+            best = tuple(min(found[key].values()) for key in (capped, plain))
             claim = f"{structure}: the cap costs nothing at the best rate"
-            claims.append(
-                Finding(claim, "§4.4: used in all transformers", shown(best), best[0] < best[1] * (1 + LEAST))
-            )
+            appears = below(*best) is not False if math.isfinite(min(best)) else None
+            claims.append(Finding(claim, "§4.4: used in all transformers", shown(best), appears))
         return claims
-
-
-def _below(one: float, other: float) -> bool | None:
-    """Whether the first is lower; None where the two are close."""
-    if one == other or (math.isfinite(one) and math.isfinite(other) and abs(one - other) < LEAST * other):
-        return None
-    return one < other
 
 
 def key_of(run: Run) -> tuple[str, str]:

@@ -107,6 +107,7 @@ def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
         kind, said = get_args(hints[field.name])[:2]
         if get_origin(kind) is tuple:
             said = option(
+                *(said.param_decls or ()),
                 parser=_sequence(get_args(kind)[0]),
                 metavar="A;B;...",
                 help=said.help,
@@ -124,7 +125,9 @@ def _sequence(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """A parser of texts with semicolons; what is a sequence already is checked, too."""
 
     def parse(value: Any) -> tuple[Any, ...]:
-        parts = value.split(";") if isinstance(value, str) else list(value)
+        # Specs have commas in them, numbers have not.
+        text = value.replace(",", ";") if isinstance(value, str) and kind is not str else value
+        parts = text.split(";") if isinstance(text, str) else list(text)
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         parts = [part for part in parts if part != ""]
         try:
