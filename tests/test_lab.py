@@ -42,7 +42,7 @@ class Settings:
     """
 
     specs: Annotated[tuple[str, ...], option(help="Specs.")] = ("dense", "btt(rank=2, blocks=4)")
-    widths: Annotated[tuple[int, ...], option(help="Widths.")] = (8, 16)
+    widths: Annotated[tuple[int, ...], option("--widths", "--width", help="Widths.")] = (8, 16)
     rate: Annotated[float, option(min=0, help="A rate.")] = 0.5
     noisy: Annotated[bool, option("--noisy", help="A switch.")] = False
 
@@ -60,7 +60,8 @@ def test_options_are_the_fields() -> None:
     assert invoke().output.strip() == repr(Settings())
     given_ = invoke("--specs", "kron; tt(rank=2)", "--widths", "4;9", "--rate", "0.25", "--noisy")
     assert given_.output.strip() == repr(Settings(("kron", "tt(rank=2)"), (4, 9), 0.25, True))
-    assert invoke("--widths", "4,9").output.strip() == repr(Settings(widths=(4, 9)))
+    for name in ("--widths", "--width"):
+        assert invoke(name, "4,9").output.strip() == repr(Settings(widths=(4, 9)))
     said = invoke("--help").output
     assert "Settings of a test." in said
     assert "What the command" not in said

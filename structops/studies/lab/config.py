@@ -106,8 +106,10 @@ def _parameters(cls: type[Any]) -> dict[str, inspect.Parameter]:
     for field in settings_of(cls):
         kind, said = get_args(hints[field.name])[:2]
         if get_origin(kind) is tuple:
+            # Within Annotated, Typer keeps the first name in the place of the default.
+            names = [name for name in (said.default, *(said.param_decls or ())) if isinstance(name, str)]
             said = option(
-                *(said.param_decls or ()),
+                *names,
                 parser=_sequence(get_args(kind)[0]),
                 metavar="A;B;...",
                 help=said.help,
